@@ -1,0 +1,559 @@
+"""BERT in one file of plain PyTorch (Devlin et al., 2019), and the loaders of its released weights.
+
+Read from top to bottom: config, embeddings, self-attention, block, encoder, classifier; then the tokenizer, and the
+loaders for Google's TensorFlow checkpoints and for Hugging Face folders.
+
+Shapes: B sequences, T tokens, D hidden size, H attention heads, C classes.
+"""
+
+import json
+import re
+import struct
+import zipfile
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+from torch import nn
+
+from data import InputError, cache_dir, download
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The numbers that make a BERT, under the names of Google's bert_config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12  # Google's code fixes it; Hugging Face's config.json states it
+    pad_token_id: int = 0
+
+    @classmethod
+    def from_dict(cls, values, source="config"):
+        """Read a parsed bert_config.json or config.json; keys that are not ours are passed over.
+
+        Raises InputError, naming `source`, for a config that makes no BERT.
+        """
+        kind = values.get("model_type", "bert") if isinstance(values, dict) else type(values).__name__
+        if kind != "bert":
+            raise InputError(f"{source}: model type {kind!r} cannot be read; give a BERT")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if name not in values:
+                raise InputError(f"{source}: {name} is missing; give the config that came with the weights")
+        for f in fields(cls):
+            value = values.get(f.name, f.default)
+            right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
+            if not right or (f.type is int and value < (f.name != "pad_token_id")):
+                raise InputError(f"{source}: {f.name} is {value!r}; give the config that came with the weights")
+        config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        if config.hidden_size % config.num_attention_heads:
+            raise InputError(
+                f"{source}: hidden_size {config.hidden_size} is no multiple of "
+                f"num_attention_heads {config.num_attention_heads}; give the config that came with the weights"
+            )
+        if config.hidden_act != "gelu":
+            raise InputError(f"{source}: hidden_act is {config.hidden_act!r}; only 'gelu' is implemented")
+        return config
+
+
+class Embeddings(nn.Module):
+    """Word + position + segment, normalised."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, segment_ids):
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        summed = self.word(input_ids) + self.position(positions) + self.segment(segment_ids)  # (B, T, D)
+        return self.dropout(self.norm(summed))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of every token to all real tokens, and the linear map that mixes the heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden, mask):
+        q, k, v = (
+            linear(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
+            for linear in (self.query, self.key, self.value)
+        )
+        context = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None, None, :], dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.output(context.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class Block(nn.Module):
+    """One Transformer block: attention, then a feed-forward net, each added to its input and normalised after."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden, mask):
+        """hidden (B, T, D), mask (B, T) bool, True on real tokens -> (B, T, D)."""
+        hidden = self.attention_norm(hidden + self.dropout(self.attention(hidden, mask)))
+        # CHOICE: the exact (erf) GELU. Google's weights of 2018 predate the tanh form in Google's code.
+        return self.norm(hidden + self.dropout(self.down(F.gelu(self.up(hidden)))))
+
+
+class Bert(nn.Module):
+    """The encoder: an embedding step and a list of blocks that can be run one at a time (early exit needs that)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.embed = Embeddings(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, input_ids, segment_ids, mask):
+        """input_ids, segment_ids (B, T) int64, mask (B, T) bool -> the last block's hidden states (B, T, D)."""
+        hidden = self.embed(input_ids, segment_ids)
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+        return hidden
+
+
+class Classifier(nn.Module):
+    """From a [CLS] vector to logits: BERT's pooler (dense, tanh), dropout, linear."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.linear = nn.Linear(config.hidden_size, num_classes)
+
+    def forward(self, cls):
+        """cls (B, D) -> logits (B, C)."""
+        return self.linear(self.dropout(torch.tanh(self.pooler(cls))))
+
+
+class BertClassifier(nn.Module):
+    """The model of stage 1: BERT with one classifier on the [CLS] vector of its last block."""
+
+    def __init__(self, bert, classifier):
+        super().__init__()
+        self.bert = bert
+        self.classifier = classifier
+
+    def forward(self, input_ids, segment_ids, mask):
+        """-> logits (B, C)."""
+        return self.classifier(self.bert(input_ids, segment_ids, mask)[:, 0])
+
+
+def init_weights(module):
+    """BERT's own start for weights that come from no checkpoint: matrices ~ N(0, 0.02) cut at 2 sigma, biases 0."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def wordpiece_tokenizer(vocab, source="vocab.txt"):
+    """BERT's tokenizer over the list `vocab`; adds [CLS] and [SEP] and numbers the segments.
+
+    Cased or not is read off the vocabulary: one without a single capital outside [BRACKETS] was made from lowered text.
+    """
+    ids = {token: i for i, token in enumerate(vocab)}
+    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
+        if token not in ids:
+            raise InputError(f"{source}: no {token} among its {len(vocab)} tokens; give the file that came with the weights")
+    lowercase = all(token == token.lower() for token in vocab if not re.fullmatch(r"\[.+\]", token))
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in ids])
+    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)  # strips accents exactly when it lowers
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: which model, from where
+
+GOOGLE_URL = "https://storage.googleapis.com/bert_models/"
+GOOGLE_MODELS = {
+    "bert-base-uncased": "2018_10_18/uncased_L-12_H-768_A-12",
+    "bert-base-cased": "2018_10_18/cased_L-12_H-768_A-12",
+    "bert-large-uncased": "2018_10_18/uncased_L-24_H-1024_A-16",
+    "bert-large-cased": "2018_10_18/cased_L-24_H-1024_A-16",
+    "bert-tiny": "2020_02_20/uncased_L-2_H-128_A-2",
+    "bert-mini": "2020_02_20/uncased_L-4_H-256_A-4",
+    "bert-small": "2020_02_20/uncased_L-4_H-512_A-8",
+    "bert-medium": "2020_02_20/uncased_L-8_H-512_A-8",
+}
+for layers in (2, 4, 6, 8, 10, 12):
+    for size in (128, 256, 512, 768):
+        name = f"uncased_L-{layers}_H-{size}_A-{size // 64}"
+        GOOGLE_MODELS[name] = f"2020_02_20/{name}"
+
+
+def find_model(name):
+    """The folder or zip of a model: a name of GOOGLE_MODELS (downloaded once) or a path. Raises InputError."""
+    if name in GOOGLE_MODELS:
+        place = GOOGLE_MODELS[name] + ".zip"
+        return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
+    path = Path(name)
+    if not path.exists():
+        known = ", ".join(key for key in GOOGLE_MODELS if key.startswith("bert-"))
+        raise InputError(f"unknown model {name!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: neither a folder nor a zip file; give the folder that holds the checkpoint")
+    return path
+
+
+def load_pretrained(name, num_classes):
+    """A pretrained model with a fresh classification layer, and its tokenizer: (BertClassifier, Tokenizer).
+
+    name: as for `find_model`. The pooler comes from the checkpoint; where it has none, it is started fresh, and said so.
+    Raises InputError for anything else that is missing, left over, misshapen or unreadable.
+    """
+    path = find_model(name)
+    files = list_files(path)
+    if "bert_config.json" in files:
+        config = BertConfig.from_dict(read_json(path, "bert_config.json"), f"{path}: bert_config.json")
+        tensors = read_google(path, files)
+    elif "config.json" in files:
+        config = BertConfig.from_dict(read_json(path, "config.json"), f"{path}: config.json")
+        tensors = read_safetensors(path)
+    else:
+        raise InputError(
+            f"{path}: neither bert_config.json (Google) nor config.json (Hugging Face) in it; "
+            "give the folder that holds the checkpoint"
+        )
+    tokenizer = read_tokenizer(path, files)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer knows {tokenizer.get_vocab_size()} tokens, the config {config.vocab_size}; "
+            "give the files that came with the weights"
+        )
+    return build(config, num_classes, tensors, path), tokenizer
+
+
+def build(config, num_classes, tensors, source):
+    """A BertClassifier from `tensors` {our name: tensor}, each copied once, straight to its float32 place."""
+    with torch.device("meta"):  # no memory and no random start for what the checkpoint overwrites
+        bert = Bert(config)
+    classifier = Classifier(config, num_classes)
+    classifier.apply(init_weights)
+    model = BertClassifier(bert, classifier)
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wanted = {key: shape for key, shape in wanted.items() if not key.startswith("classifier.linear")}
+    missing = sorted(wanted.keys() - tensors.keys())
+    left_over = sorted(tensors.keys() - wanted.keys())
+    pooler = ["classifier.pooler.bias", "classifier.pooler.weight"]
+    if missing == pooler:
+        print(f"note: {source} has no pooler; it starts from random weights")
+    elif missing:
+        raise InputError(f"{source}: missing {name_some(missing)}; give a complete checkpoint that fits its config")
+    if left_over:
+        raise InputError(f"{source}: no place for {name_some(left_over)}; give a checkpoint that fits its config")
+    for key, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted[key]:
+            raise InputError(
+                f"{source}: {key} has shape {tuple(tensor.shape)}, the config asks for {wanted[key]}; "
+                "give the config that came with the weights"
+            )
+    state = {key: tensor.to(torch.float32, copy=True).contiguous() for key, tensor in tensors.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    return model
+
+
+def name_some(names):
+    """The first few of many names, for an error message."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# (pattern of a Hugging Face name, our name). Google's names become Hugging Face's first, see `our_names`.
+RENAMES = (
+    (r"^embeddings\.(word|position)_embeddings\.", r"bert.embed.\1."),
+    (r"^embeddings\.token_type_embeddings\.", r"bert.embed.segment."),
+    (r"^embeddings\.LayerNorm\.", r"bert.embed.norm."),
+    (r"^encoder\.layer\.(\d+)\.attention\.self\.", r"bert.blocks.\1.attention."),
+    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"bert.blocks.\1.attention.output."),
+    (r"^encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.", r"bert.blocks.\1.attention_norm."),
+    (r"^encoder\.layer\.(\d+)\.intermediate\.dense\.", r"bert.blocks.\1.up."),
+    (r"^encoder\.layer\.(\d+)\.output\.dense\.", r"bert.blocks.\1.down."),
+    (r"^encoder\.layer\.(\d+)\.output\.LayerNorm\.", r"bert.blocks.\1.norm."),
+    (r"^pooler\.dense\.", r"classifier.pooler."),
+)
+# What a checkpoint may hold beyond the encoder: pre-training heads, optimiser state, constant buffers.
+IGNORED = re.compile(r"^cls[./]|(^|/)adam_[mv]$|^(global_step|.*_power|_CHECKPOINTABLE.*|.*embeddings\.position_ids)$")
+
+
+def our_name(name):
+    """A tensor's name in a Hugging Face checkpoint as our state dict has it (unknown names come back unchanged)."""
+    name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.removeprefix("bert.")))
+    for pattern, ours in RENAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def list_files(path):
+    """Names of the files in a folder, or anywhere in a zip (Google's zips are nested or flat), without their folders."""
+    if path.is_dir():
+        return {entry.name for entry in path.iterdir() if entry.is_file()}
+    with zipfile.ZipFile(path) as zipped:
+        return {Path(name).name for name in zipped.namelist() if not name.endswith("/")}
+
+
+def read_file(path, name):
+    """File `name` of a folder (memory-mapped, copy on write) or of a zip (read into memory): bytes (n,) uint8."""
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise InputError(f"{path}: {name} is missing; give the whole checkpoint")
+        if not (path / name).stat().st_size:
+            raise InputError(f"{path}: {name} is empty; copy or download it again")
+        return np.memmap(path / name, np.uint8, mode="c")
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            matches = [info for info in zipped.infolist() if Path(info.filename).name == name]
+            if not matches:
+                raise InputError(f"{path}: {name} is missing from the zip; give the whole checkpoint")
+            with zipped.open(matches[0]) as file:
+                content = np.frombuffer(bytearray(file.read()), np.uint8)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: {name} cannot be read from the zip ({error}); download it again") from None
+    return content
+
+
+def read_json(path, name):
+    try:
+        return json.loads(read_file(path, name).tobytes())
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: {name} is not JSON ({error}); copy or download it again") from None
+
+
+def read_tokenizer(path, files):
+    """The tokenizer that belongs to a model: tokenizer.json where there is one, else WordPiece over vocab.txt."""
+    if "tokenizer.json" in files:
+        try:
+            return Tokenizer.from_str(read_file(path, "tokenizer.json").tobytes().decode())
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise InputError(f"{path}: tokenizer.json cannot be read ({error}); copy or download it again") from None
+    if "vocab.txt" not in files:
+        raise InputError(f"{path}: neither tokenizer.json nor vocab.txt in it; add the file that came with the weights")
+    try:
+        vocab = read_file(path, "vocab.txt").tobytes().decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: vocab.txt is not UTF-8 ({error}); copy or download it again") from None
+    return wordpiece_tokenizer([token.removesuffix("\r") for token in vocab], f"{path}: vocab.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Google's TensorFlow checkpoints: an index (a small LevelDB table of names and places) and the raw bytes beside it
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies: its data type (TensorFlow's number), shape, shard, and place in the shard in bytes."""
+
+    dtype: int
+    shape: tuple
+    shard: int
+    offset: int
+    size: int
+
+
+def read_google(path, files):
+    """{our name: tensor} of the TensorFlow checkpoint in a folder or zip; views of the file, nothing copied yet."""
+    indices = [name for name in files if name.endswith(".ckpt.index")]
+    if len(indices) != 1:
+        raise InputError(f"{path}: {len(indices)} files named *.ckpt.index, expected one; give the whole checkpoint")
+    entries, num_shards = read_index(read_file(path, indices[0]).tobytes(), f"{path}: {indices[0]}")
+    shards, tensors = {}, {}
+    for name, entry in entries.items():
+        if IGNORED.search(name):
+            continue
+        shard = f"{indices[0].removesuffix('.index')}.data-{entry.shard:05d}-of-{num_shards:05d}"
+        if shard not in shards:
+            shards[shard] = read_file(path, shard)
+        if entry.dtype != 1 or entry.size != 4 * prod(entry.shape):
+            raise InputError(f"{path}: {name} is not float32 (type {entry.dtype}, {entry.size} bytes); give Google's file")
+        if entry.offset + entry.size > len(shards[shard]):
+            raise InputError(
+                f"{path}: {shard} ends after {len(shards[shard])} bytes, inside or before {name}; "
+                "copy or download it again"
+            )
+        raw = shards[shard][entry.offset : entry.offset + entry.size]
+        tensor = torch.from_numpy(raw).view(torch.float32).view(entry.shape)
+        if name.endswith("kernel"):  # TensorFlow keeps (in, out), nn.Linear (out, in)
+            tensor = tensor.T
+        key = re.sub(r"/layer_(\d+)/", r"/layer/\1/", name).replace("/", ".").replace(".kernel", ".weight")
+        key = key + ".weight" if key.endswith("_embeddings") else key
+        tensors[our_name(key)] = tensor
+    return tensors
+
+
+def read_index(content, source):
+    """Parse a checkpoint's `.index` file: ({tensor name: Entry}, number of shards). Raises InputError.
+
+    A LevelDB table: blocks of (key, value) pairs sorted by key, then an index block of the blocks' places, then a footer
+    of 48 bytes with the index block's place and a magic number. Every block carries a checksum.
+    """
+    try:
+        if content[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
+            raise ValueError("it does not end with a table's magic number")
+        position = len(content) - 48
+        _, position = read_varint(content, position)  # the place of the meta index block: unused
+        _, position = read_varint(content, position)
+        offset, position = read_varint(content, position)
+        size, _ = read_varint(content, position)
+        pairs = []
+        for _, handle in read_block(content, offset, size):
+            offset, position = read_varint(handle, 0)
+            pairs += read_block(content, offset, read_varint(handle, position)[0])
+        entries, num_shards = {}, 0
+        for key, value in pairs:
+            message = read_protobuf(value)
+            if key == b"":
+                num_shards = message.get(1, [0])[0]
+                if message.get(2, [0])[0]:
+                    raise ValueError("its data is big-endian")
+                continue
+            dims = read_protobuf(message.get(2, [b""])[0]).get(2, [])
+            shape = tuple(read_protobuf(dim).get(1, [0])[0] for dim in dims)
+            entries[key.decode()] = Entry(*(message.get(1, [0])), shape, *(message.get(i, [0])[0] for i in (3, 4, 5)))
+        if not num_shards:
+            raise ValueError("it has no header")
+    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"{source} is not a TensorFlow checkpoint index ({error}); copy or download it again") from None
+    return entries, num_shards
+
+
+def read_block(content, offset, size):
+    """The (key, value) pairs of one block of a LevelDB table; keys share prefixes with the key before."""
+    block, kind = content[offset : offset + size], content[offset + size : offset + size + 1]
+    if len(block) != size or kind != b"\0":
+        raise ValueError("a block is cut off or compressed")
+    (stored,) = struct.unpack_from("<I", content, offset + size + 1)
+    if stored != masked_crc32c(block + kind):
+        raise ValueError("a block's checksum is wrong")
+    (restarts,) = struct.unpack("<I", block[-4:])
+    end, position, key, pairs = size - 4 - 4 * restarts, 0, b"", []
+    while position < end:
+        shared, position = read_varint(block, position)
+        unshared, position = read_varint(block, position)
+        length, position = read_varint(block, position)
+        key = key[:shared] + block[position : position + unshared]
+        position += unshared
+        pairs.append((key, block[position : position + length]))
+        position += length
+    return pairs
+
+
+def read_varint(buffer, position):
+    """A little-endian base-128 number: (value, position after it)."""
+    value = shift = 0
+    while True:
+        byte = buffer[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position
+        if shift > 63:
+            raise ValueError("a number is too long")
+
+
+def read_protobuf(buffer):
+    """The fields of a protobuf message: {field number: [values]}; numbers as int, the rest as bytes."""
+    position, message = 0, {}
+    while position < len(buffer):
+        tag, position = read_varint(buffer, position)
+        if tag & 7 == 0:
+            value, position = read_varint(buffer, position)
+        elif tag & 7 in (1, 2, 5):
+            size, position = read_varint(buffer, position) if tag & 7 == 2 else (8 if tag & 7 == 1 else 4, position)
+            value, position = buffer[position : position + size], position + size
+        else:
+            raise ValueError(f"field type {tag & 7} is unknown")
+        message.setdefault(tag >> 3, []).append(value)
+    return message
+
+
+def masked_crc32c(content):
+    """LevelDB's checksum: CRC-32C (Castagnoli), rotated and offset so that sums of sums do not cancel."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc = CRC32C_TABLE[(crc ^ byte) & 255] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+CRC32C_TABLE = list(range(256))
+for _ in range(8):
+    CRC32C_TABLE = [(crc >> 1) ^ (0x82F63B78 * (crc & 1)) for crc in CRC32C_TABLE]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders: safetensors is a JSON header and the raw bytes behind it
+
+SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path):
+    """{our name: tensor} of model.safetensors in a folder or zip; views of the file, nothing copied yet."""
+    content = read_file(path, "model.safetensors")
+    source = f"{path}: model.safetensors"
+    try:
+        (length,) = struct.unpack("<Q", content[:8].tobytes())
+        if length > len(content) - 8:
+            raise ValueError(f"its header claims {length} bytes of {len(content)}")
+        header = json.loads(content[8 : 8 + length].tobytes())
+        header.pop("__metadata__", None)
+        places = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"{source} is not a safetensors file ({error}); copy or download it again") from None
+    tensors = {}
+    for name, (dtype, shape, start, end) in places.items():
+        if IGNORED.search(name):
+            continue
+        if dtype not in SAFETENSORS_TYPES:
+            raise InputError(f"{source}: {name} is {dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
+        if not 0 <= start <= end <= len(content) - 8 - length:
+            raise InputError(f"{source} ends after {len(content)} bytes, inside or before {name}; download it again")
+        if end - start != prod(shape) * SAFETENSORS_TYPES[dtype].itemsize:
+            raise InputError(f"{source}: {name} has shape {shape} in {end - start} bytes; download it again")
+        raw = torch.from_numpy(content[8 + length + start : 8 + length + end])
+        tensors[our_name(name)] = raw.view(SAFETENSORS_TYPES[dtype]).view(shape)
+    return tensors

@@ -1,0 +1,394 @@
+"""GLUE and the toy task: download, parse, tokenise, make batches.
+
+Read from top to bottom: what a task is, how its files get here, how they are parsed, how text becomes batches,
+how answers are scored, and last the toy task, which needs no file at all.
+
+Shapes: B sequences in a batch, T tokens in the longest of them.
+"""
+
+import hashlib
+import io
+import os
+import random
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+
+
+class InputError(ValueError):
+    """A mistake of the user or of the outside world: one line that says what, what was found, and what to do next."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task. `labels[i]` is the word that stands for class i in the files."""
+
+    labels: tuple
+    metrics: tuple  # names in METRICS; the first is the one that tables lead with
+    columns: tuple = ()  # headers of sentence 1, sentence 2 and the label
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+    "toy": Task(("negative", "positive"), ("accuracy",)),
+    "rte": Task(ENTAILMENT, ("accuracy",), ("sentence1", "sentence2", "label")),
+    "qnli": Task(ENTAILMENT, ("accuracy",), ("question", "sentence", "label")),
+    "mrpc": Task(("0", "1"), ("F1", "accuracy"), ("#1 String", "#2 String", "Quality")),
+}
+
+
+@dataclass
+class Examples:
+    """Labelled sentences or pairs of them. `levels` is the toy task's difficulty of each (1, 2, 3), empty elsewhere."""
+
+    texts: list = field(default_factory=list)  # str, or (str, str) for a pair
+    labels: list = field(default_factory=list)  # int, the class
+    levels: list = field(default_factory=list)
+
+
+def find_task(name):
+    """The `Task` of a name. Raises InputError if there is none."""
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_task(name, folder):
+    """The train and dev split of a task, as two `Examples`.
+
+    folder: where the files lie or are downloaded to; the toy task makes its sentences and ignores it.
+    Raises InputError for an unknown task and for everything that can be wrong with a download or a file.
+    """
+    task = find_task(name)
+    if name == "toy":
+        return toy_examples(2048, seed=1), toy_examples(600, seed=2)
+    if name == "mrpc":
+        return load_mrpc(Path(folder))
+    folder_name, archive = {"rte": ("RTE", "RTE.zip"), "qnli": ("QNLI", "QNLIv2.zip")}[name]
+    splits = []
+    for split in ("train", "dev"):
+        member = f"{folder_name}/{split}.tsv"
+        rows = parse_tsv(find_file(Path(folder), member, archive), member, task.columns)
+        splits.append(to_examples(rows, task, member))
+    return tuple(splits)
+
+
+def load_mrpc(folder):
+    """MRPC as GLUE splits it: the rows of Microsoft's train file whose two ids stand in the dev ids are dev."""
+    member = "MRPC/msr_paraphrase_train.txt"
+    columns = TASKS["mrpc"].columns + ("#1 ID", "#2 ID")
+    rows = parse_tsv(find_file(folder, member), member, columns)
+    ids_text = find_file(folder, "MRPC/mrpc_dev_ids.tsv").decode("utf-8-sig", errors="replace")
+    dev_ids = {tuple(line.split("\t")) for line in ids_text.replace("\r", "").split("\n") if line}
+    splits = []
+    for wanted in (False, True):
+        part = [(line, row[:3]) for line, row in rows if (tuple(row[3:]) in dev_ids) == wanted]
+        if not part:
+            raise InputError(
+                f"MRPC/mrpc_dev_ids.tsv: none or all of the rows of {member} are dev; "
+                "delete both files to download them again"
+            )
+        splits.append(to_examples(part, TASKS["mrpc"], member))
+    return tuple(splits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and downloads
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+DOWNLOADS = {  # name in the folder: (URL, sha256)
+    "RTE.zip": (GLUE_URL + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "QNLIv2.zip": (GLUE_URL + "QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "MRPC/msr_paraphrase_train.txt": (
+        SENTEVAL_URL + "msr_paraphrase_train.txt",
+        "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    ),
+    "MRPC/mrpc_dev_ids.tsv": (
+        GLUE_URL + "mrpc_dev_ids.tsv",
+        "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+    ),
+}
+
+
+def cache_dir():
+    """The folder for everything that is downloaded: $XDG_CACHE_HOME/dact-bert, by default ~/.cache/dact-bert."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dact-bert"
+
+
+def find_file(folder, name, archive=None):
+    """The bytes of GLUE's file `name`: the file in `folder` if it is there, else out of the (downloaded) archive.
+
+    Without an archive the file itself is what is downloaded. Nothing is ever unpacked to disk.
+    """
+    path = folder / name
+    if path.is_file():
+        return path.read_bytes()
+    url, sha256 = DOWNLOADS[archive or name]
+    if archive is None:
+        return download(url, path, sha256).read_bytes()
+    with zipfile.ZipFile(download(url, folder / archive, sha256, member=name)) as zipped:
+        return zipped.read(name)
+
+
+def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
+    """Download `url` to `path` unless it is there already. Returns the path.
+
+    The bytes go to `path` + ".part" first, and a later attempt (or a later run) resumes there. Only a file of the right
+    length, sha256 (if given) and zip contents (if a member is named) gets its final name. pause: seconds before
+    the second attempt, doubled after each. Raises InputError with one line when it cannot be had.
+    """
+    path, part = Path(path), Path(f"{path}.part")
+    if path.is_file():
+        return path
+    problem = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(pause * 2 ** (attempt - 1))
+            resumed = part.is_file() and part.stat().st_size > 0
+            try:
+                fetch(url, part)
+            except requests.HTTPError as error:
+                status = error.response.status_code
+                problem = f"the server answered {status} {error.response.reason}"
+                if status < 500 and status not in (408, 429):  # asking again will not help
+                    break
+                continue
+            except requests.RequestException as error:
+                problem = f"the connection failed ({type(error).__name__})"
+                continue
+            problem = check_download(part, sha256, member)
+            if not problem:
+                os.replace(part, path)
+                return path
+            part.unlink()
+            if not resumed:  # a whole fresh copy is wrong: another one will be too
+                break
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
+    raise InputError(f"cannot download {url}: {problem}; try again later, or place the file at {path} yourself")
+
+
+def fetch(url, part):
+    """Append what is missing of `url` to the file `part`, or start it afresh where the server cannot resume."""
+    have = part.stat().st_size if part.is_file() else 0
+    headers = {"Accept-Encoding": "identity"}  # a compressed transfer would change length and offsets
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        if response.status_code == 416:  # nothing lies beyond what we have: whole, or of another version
+            if response.headers.get("Content-Range") == f"bytes */{have}":
+                return
+            part.unlink()
+            raise requests.ConnectionError("the file changed on the server")
+        response.raise_for_status()
+        resuming = response.status_code == 206
+        if resuming and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise requests.ConnectionError("the server resumed at another place")
+        have = have if resuming else 0
+        total = have + int(response.headers.get("Content-Length", 0))
+        with open(part, "ab" if resuming else "wb") as file:
+            for chunk in response.iter_content(1 << 20):
+                file.write(chunk)
+                have += len(chunk)
+                show_progress(url, have, total)
+        if total > have:
+            raise requests.ConnectionError(f"{have} of {total} bytes came")
+
+
+def show_progress(url, have, total):
+    """One line that overwrites itself, on a terminal only."""
+    if sys.stderr.isatty():
+        of_total = f"of {total / 1e6:.1f} MB" if total else "MB"
+        end = "\n" if have == total else ""
+        print(f"\r{url.rsplit('/', 1)[-1]}: {have / 1e6:.1f} {of_total}", end=end, file=sys.stderr, flush=True)
+
+
+def check_download(part, sha256, member):
+    """What is wrong with a finished download, as words; empty if nothing is."""
+    if sha256:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            return f"its sha256 is {found}, expected {sha256}"
+    if member:
+        if not zipfile.is_zipfile(part):
+            return "it is not a zip file"
+        with zipfile.ZipFile(part) as zipped:
+            if not any(name == member or name.endswith("/" + member) for name in zipped.namelist()):
+                return f"the zip has no {member}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
+def parse_tsv(content, name, columns):
+    """Rows of a tab-separated file with a header: a list of (line number, [the fields of `columns`]).
+
+    Quotes are ordinary characters in GLUE: a csv reader with its default quoting swallows hundreds of rows of MRPC.
+    Only "\\n" ends a line: str.splitlines would also cut at characters that occur inside sentences.
+    """
+    try:
+        lines = content.decode("utf-8-sig").split("\n")  # MRPC starts with a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: byte {error.start} is not UTF-8; delete the file to download it again") from None
+    lines = [line.removesuffix("\r") for line in lines]
+    header = lines[0].split("\t")
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise InputError(f"{name}: no column {missing[0]!r}, found {header}; delete the file to download it again")
+    places = [header.index(column) for column in columns]
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        fields = line.split("\t")
+        if len(fields) != len(header):
+            raise InputError(
+                f"{name}, line {number}: {len(fields)} columns, the header has {len(header)}; "
+                "delete the file to download it again"
+            )
+        rows.append((number, [fields[place] for place in places]))
+    if not rows:
+        raise InputError(f"{name}: no examples in it; delete the file to download it again")
+    return rows
+
+
+def to_examples(rows, task, name):
+    """Rows of (sentence 1, sentence 2, label word) as `Examples`."""
+    examples = Examples()
+    for number, (first, second, label) in rows:
+        if label not in task.labels:
+            raise InputError(f"{name}, line {number}: unknown label {label!r}; expected one of {list(task.labels)}")
+        examples.texts.append((first, second))
+        examples.labels.append(task.labels.index(label))
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens and batches
+
+
+class Dataset:
+    """A split, tokenised: what batches are cut from.
+
+    tokenizer: a `tokenizers.Tokenizer` that adds the special tokens itself. max_tokens: longer inputs are cut, the
+    longer sentence of a pair first. pad_id: the token id that fills short rows.
+    """
+
+    def __init__(self, examples, tokenizer, max_tokens, pad_id):
+        tokenizer.enable_truncation(max_tokens)
+        tokenizer.no_padding()  # padding is per batch, below
+        encodings = tokenizer.encode_batch(examples.texts)
+        self.input_ids = [torch.tensor(encoding.ids) for encoding in encodings]
+        self.segment_ids = [torch.tensor(encoding.type_ids) for encoding in encodings]
+        self.labels = torch.tensor(examples.labels)
+        self.levels = torch.tensor(examples.levels)
+        self.lengths = np.array([len(ids) for ids in self.input_ids])
+        self.pad_id = pad_id
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def batch(self, indices):
+        """Rows `indices` as (input_ids (B, T), segment_ids (B, T), mask (B, T)), padded on the right, and labels (B,).
+
+        mask is True on real tokens.
+        """
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad([self.input_ids[i] for i in indices], batch_first=True, padding_value=self.pad_id)
+        segment_ids = pad([self.segment_ids[i] for i in indices], batch_first=True)
+        mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(self.lengths[indices])[:, None]
+        return (input_ids, segment_ids, mask), self.labels[indices]
+
+
+def training_batches(lengths, batch_size, seed, pool=16):
+    """Index arrays of one epoch: shuffled, each batch of similar lengths.
+
+    The shuffled examples are sorted by length inside pools of `pool` batches, and the batches shuffled again: little
+    padding, yet no two epochs alike. seed: an int or a sequence of ints, e.g. (seed, epoch).
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), pool * batch_size):
+        group = order[start : start + pool * batch_size]
+        group = group[np.argsort(lengths[group], kind="stable")]
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def evaluation_batches(lengths, batch_size):
+    """Index arrays that cover every example once, sorted by length."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: percentages of predicted classes against labels, both (n,) int tensors
+
+
+def accuracy(predicted, labels):
+    """Percent of predictions that are right."""
+    return 100 * (predicted == labels).double().mean().item()
+
+
+def f1(predicted, labels):
+    """F1 of class 1, in percent; 0 when neither predictions nor labels hold a true positive."""
+    true_positive = ((predicted == 1) & (labels == 1)).sum().item()
+    positive = (predicted == 1).sum().item() + (labels == 1).sum().item()
+    return 200 * true_positive / positive if true_positive else 0.0
+
+
+METRICS = {"accuracy": accuracy, "F1": f1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy task: is the speaker pleased?
+
+THINGS = "food service music room garden staff soup view tea story".split()
+GOOD = "good great lovely fresh kind warm bright perfect".split()
+BAD = "bad awful dirty cold rude dull bitter broken".split()
+TOY_WORDS = ["the", "was", "not", "but", *THINGS, *GOOD, *BAD]
+
+
+def clause(rng, negated):
+    """("the soup was not awful", True): a clause and whether it pleases."""
+    pleased = rng.random() < 0.5
+    word = rng.choice(GOOD if pleased else BAD)
+    return f"the {rng.choice(THINGS)} was {'not ' if negated else ''}{word}", pleased != negated
+
+
+def toy_examples(count, seed):
+    """Sentences in three levels of difficulty, a third each.
+
+    1: one word decides ("the tea was lovely"); 2: it is turned by a "not" ("the tea was not lovely");
+    3: of two clauses joined by "but" the second wins, each with or without "not".
+    """
+    rng = random.Random(seed)
+    examples = Examples()
+    for i in range(count):
+        level = i % 3 + 1
+        text, label = clause(rng, negated=level == 2 or (level == 3 and rng.random() < 0.5))
+        if level == 3:
+            second, label = clause(rng, negated=rng.random() < 0.5)
+            text = f"{text} but {second}"
+        examples.texts.append(text)
+        examples.labels.append(int(label))
+        examples.levels.append(level)
+    return examples

@@ -1,0 +1,318 @@
+"""The accumulator, the loss, the bound and the halting rule, checked by hand, by brute force and against adversaries.
+
+    pytest test_dact.py
+
+Mathematics is tested in float64. A property (halting never changes the answer) does not pin a formula, and a worked number
+does not prove a property, so each equation has both.
+"""
+
+import doctest
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import dact
+
+torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_said(N, B, C, sharpness=2.0):
+    """Random answers and halting values of N blocks: y (N, B, C), h (N, B)."""
+    return (torch.randn(N, B, C) * sharpness).softmax(-1), (torch.randn(N, B) * sharpness).sigmoid()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equations (1) and (2)
+
+
+def test_accumulator_by_hand():
+    y = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]], [[0.1, 0.9]]])
+    h = torch.tensor([[0.5], [0.4], [0.7]])
+    a, p = dact.accumulate_all(y, h)
+    # p_0 = 1, p_1 = 0.5, p_2 = 0.5 * 0.4 = 0.2, p_3 = 0.2 * 0.7 = 0.14
+    torch.testing.assert_close(p[:, 0], torch.tensor([0.5, 0.2, 0.14]))
+    # a_1 = 1 * y_1;  a_2 = 0.5 * (0.4, 0.6) + 0.5 * (0.8, 0.2);  a_3 = 0.2 * (0.1, 0.9) + 0.8 * (0.6, 0.4)
+    torch.testing.assert_close(a[:, 0], torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.5, 0.5]]))
+
+
+def test_docstring_examples():
+    torch.set_default_dtype(torch.float32)
+    try:
+        result = doctest.testmod(dact)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert result.attempted >= 3 and result.failed == 0
+
+
+def test_final_answer_is_the_weighted_mean_of_all_answers():
+    """Section 3: a_N is "the weighted average of all intermediate outputs"; its weights written out, from h alone."""
+    N = 7
+    y, h = random_said(N, 50, 3)
+    p = [torch.ones(50)] + [h[:n].prod(0) for n in range(1, N + 1)]  # (2) as a product
+    weights = []
+    for n in range(1, N + 1):
+        later = [1 - p[k] for k in range(n, N)]  # what blocks n+1 .. N leave of block n's share
+        weights.append(p[n - 1] * torch.stack(later).prod(0) if later else p[n - 1])
+    weights = torch.stack(weights)
+    torch.testing.assert_close(weights.sum(0), torch.ones(50))
+    a, _ = dact.accumulate_all(y, h)
+    torch.testing.assert_close(a[-1], (weights[:, :, None] * y).sum(0))
+
+
+def test_running_answers_are_distributions_and_p_falls():
+    y, h = random_said(12, 100, 4)
+    a, p = dact.accumulate_all(y, h)
+    assert (a >= 0).all()
+    torch.testing.assert_close(a.sum(-1), torch.ones(12, 100))
+    torch.testing.assert_close(a[0], y[0])  # p_0 = 1: the first answer counts in full
+    assert (p[1:] <= p[:-1]).all() and (p >= 0).all()
+
+
+def test_last_halting_value_weighs_nothing():
+    y, h = random_said(5, 4, 3)
+    h.requires_grad_()
+    a, _ = dact.accumulate_all(y, h)
+    (gradient,) = torch.autograd.grad(a[-1][:, 0].sum(), h)
+    assert (gradient[-1] == 0).all() and (gradient[:-1] != 0).all()
+
+
+def test_gradients_of_accumulator_and_loss():
+    y, h = random_said(4, 3, 3)
+    label = torch.tensor([0, 2, 1])
+
+    def loss(logits, halt):
+        a, _ = dact.accumulate_all(logits.softmax(-1), halt.sigmoid())
+        return sum(dact.dact_loss(a[-1], halt.sigmoid(), label, tau=0.1))
+
+    assert torch.autograd.gradcheck(loss, (y.log().requires_grad_(), h.logit().requires_grad_()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equation (3)
+
+
+def test_loss_by_hand():
+    a_N = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
+    h = torch.tensor([[0.9, 0.1], [0.6, 0.2], [0.5, 0.1]])
+    answer, price = dact.dact_loss(a_N, h, torch.tensor([0, 1]), tau=0.01)
+    # -(ln 0.5 + ln 0.25) / 2 = 1.5 ln 2 = 1.0397;  0.01 * ((0.9 + 0.6 + 0.5) + (0.1 + 0.2 + 0.1)) / 2 = 0.012
+    assert answer.item() == pytest.approx(1.0397207708)
+    assert price.item() == pytest.approx(0.012)
+
+
+def test_loss_reaches_zero_and_survives_a_zero_probability():
+    certain = torch.tensor([[1.0, 0.0]])
+    assert dact.dact_loss(certain, torch.zeros(2, 1), torch.tensor([0]), 0.1)[0].item() == 0  # a second softmax: 0.31
+    wrong = dact.dact_loss(certain, torch.zeros(2, 1), torch.tensor([1]), 0.1)[0].item()
+    assert wrong == pytest.approx(18.420680744)  # -ln 1e-8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equation (4) and the exact rule
+
+
+def test_both_rules_by_hand():
+    a, p = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([0.1])
+    left, right = dact.paper_rule(a, p, 3)
+    # 0.7 * 0.9^3 = 0.7 * 0.729 = 0.5103 (not 0.7 * (1 - 0.3) = 0.49);  0.2 + 0.1 * 3 = 0.5 (not 0.2 + 0.001)
+    assert (left.item(), right.item()) == (pytest.approx(0.5103), pytest.approx(0.5))
+    left, right = dact.exact_rule(a, p, 3)
+    # (1 + 0.7 - 0.2) * 0.729 = 1.0935 against 1
+    assert (left.item(), right.item()) == (pytest.approx(1.0935), 1.0)
+
+
+@pytest.mark.parametrize("rule", dact.RULES.values())
+def test_nothing_left_to_run_or_no_weight_left_always_halts(rule):
+    a = random_said(1, 200, 3)[0][0]
+    for p, d in ((torch.ones(200), 0), (torch.zeros(200), 7)):
+        left, right = rule(a, p, d)
+        assert (left >= right).all()
+
+
+@pytest.mark.parametrize("rule", dact.RULES.values())
+def test_full_weight_left_never_halts(rule):
+    left, right = rule(random_said(1, 200, 3)[0][0], torch.ones(200), 1)
+    assert (left < right).all()  # one block with p = 1 replaces the whole answer
+
+
+def product_of_powers(a, p, d):
+    """Equation (4) misread: a power on the right side too. Unsafe; here to show that the tests below would notice."""
+    left, _ = dact.paper_rule(a, p, d)
+    return left, a.topk(2, dim=1).values[:, 1] + p**d
+
+
+def worst_leads(rule, trials=4000, N=12):
+    """The winners' final leads after every halt of `rule`, each against its own worst future, over random beginnings.
+
+    The future gives all mass to one other class at every later block and never lowers h (each other class is tried).
+    """
+    leads = []
+    for C in (2, 3, 5):
+        for sharpness in (0.5, 2.0, 5.0):
+            a, p = dact.accumulate_all(*random_said(N, trials, C, sharpness))
+            for n in range(1, N):
+                left, right = rule(a[n - 1], p[n - 1], N - n)
+                a_n, p_n = a[n - 1][left >= right], p[n - 1][left >= right]
+                winner = a_n.argmax(1)
+                for other in range(C):
+                    rival = torch.full_like(winner, other)
+                    a_N, p_N = a_n, p_n
+                    for _ in range(N - n):
+                        a_N, p_N = dact.accumulate(nn.functional.one_hot(rival, C).double(), torch.ones_like(p_N), a_N, p_N)
+                    lead = (a_N.gather(1, winner[:, None]) - a_N.gather(1, rival[:, None])).squeeze(1)
+                    leads.append(lead[winner != rival])
+    return torch.cat(leads)
+
+
+@pytest.mark.parametrize("rule", dact.RULES.values())
+def test_halting_never_changes_the_answer_in_the_worst_future(rule):
+    leads = worst_leads(rule)
+    assert len(leads) > 10_000
+    assert leads.min().item() >= -1e-12  # the exact rule allows a tie, up to rounding
+
+
+def test_the_adversary_has_teeth():
+    leads = worst_leads(product_of_powers)
+    assert (leads < -1e-6).sum().item() > 100
+
+
+@pytest.mark.parametrize("rule", dact.RULES.values())
+def test_halting_never_changes_the_answer_in_random_futures(rule):
+    halts = 0
+    for C, sharpness in itertools.product((2, 3, 5), (0.5, 2.0, 8.0)):
+        a, p = dact.accumulate_all(*random_said(12, 3000, C, sharpness))
+        for n in range(1, 12):
+            left, right = rule(a[n - 1], p[n - 1], 12 - n)
+            halted = left >= right
+            assert (a[n - 1].argmax(1) == a[-1].argmax(1))[halted].all()
+            halts += halted.sum().item()
+    assert halts > 50_000
+
+
+def test_exact_rule_halts_exactly_when_no_future_can_flip():
+    """Brute force over futures of up to three blocks: answers all on one class, h in {0, 0.5, 1}."""
+    corners = list(itertools.product(torch.eye(3), (0.0, 0.5, 1.0)))  # (y, h): where the extremes of a_N lie
+    a_n, p_n = (torch.randn(100, 3) * 2).softmax(-1), torch.rand(100) * 0.6
+    winner = nn.functional.one_hot(a_n.argmax(1), 3).bool()
+    for d in (1, 2, 3):
+        left, right = dact.exact_rule(a_n, p_n, d)
+        worst = torch.ones(100)
+        for future in itertools.product(corners, repeat=d):
+            a, p = a_n, p_n
+            for y_n, h_n in future:
+                a, p = dact.accumulate(y_n.expand(100, 3), torch.full((100,), h_n), a, p)
+            worst = torch.minimum(worst, a[winner] - a.masked_fill(winner, -1).amax(1))
+        assert torch.equal(left >= right, worst >= 0)
+        assert 10 < (worst >= 0).sum() < 90
+
+
+def test_exact_rule_never_stops_later_than_the_papers():
+    a, p = random_said(1, 100_000, 4)[0][0], torch.rand(100_000) ** 3
+    earlier = 0
+    for d in range(12):
+        paper, exact = ((left >= right) for left, right in (rule(a, p, d) for rule in (dact.paper_rule, dact.exact_rule)))
+        assert (exact | ~paper).all()
+        earlier += (exact & ~paper).sum().item()
+    assert earlier > 1000  # and often earlier
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, on a backbone that is not BERT
+
+
+class Mixer(nn.Module):
+    """A block: every token sees the mean of the real tokens. Counts the rows and columns that it is asked to compute."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.linear, self.rows, self.shapes = nn.Linear(2 * size, size), 0, []
+
+    def forward(self, hidden, mask):
+        assert hidden.shape[:2] == mask.shape
+        assert mask.all(0).any() and mask.any(0).all()  # no column of padding alone
+        self.rows += len(hidden)
+        mean = (hidden * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        return torch.tanh(self.linear(torch.cat([hidden, mean.expand_as(hidden)], -1)) * 3)
+
+
+class Backbone(nn.Module):
+    hidden_size = 8
+
+    def __init__(self, N):
+        super().__init__()
+        self.embed = nn.Embedding(20, self.hidden_size)
+        self.blocks = nn.ModuleList(Mixer(self.hidden_size) for _ in range(N))
+
+
+def random_model(N=6, C=3, B=64, halt_bias=-0.5):
+    """A DactBert with random heads, and a padded batch for it."""
+    model = dact.DactBert(Backbone(N), nn.Linear(8, C), halt_bias).eval()
+    for classifier, halt in zip(model.classifiers, model.halts):
+        nn.init.normal_(classifier.weight, std=2.0)
+        nn.init.normal_(halt.weight, std=1.0)
+    lengths = torch.randint(1, 10, (B,))
+    mask = torch.arange(lengths.max()) < lengths[:, None]
+    return model, (torch.randint(20, mask.shape), mask)
+
+
+@pytest.mark.parametrize("rule", dact.RULES.values())
+def test_early_exit_equals_the_full_run(rule):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, inputs = random_model()
+        y, h = model(*inputs)
+        a, p = dact.accumulate_all(y, h)
+        N = len(a)
+        holds = torch.stack([torch.ge(*rule(a[n - 1], p[n - 1], N - n)) for n in range(1, N + 1)])
+        first = holds.int().argmax(0) + 1  # the first block at which the rule holds; at N it always does
+        model.backbone.blocks.apply(lambda module: setattr(module, "rows", 0))
+        halted = model.early_exit(*inputs, rule=rule)
+        assert torch.equal(halted.exit_block, first)
+        assert torch.equal(halted.label, a[-1].argmax(1))
+        torch.testing.assert_close(halted.a, a[first - 1, torch.arange(len(first))])
+        # those who halted left the batch: every block saw its survivors once, and nobody else
+        assert [block.rows for block in model.backbone.blocks] == [(first >= n).sum().item() for n in range(1, N + 1)]
+    assert 1 < first.double().mean().item() < N
+
+
+def test_early_exit_with_rules_that_always_and_never_hold():
+    model, inputs = random_model()
+    always = model.early_exit(*inputs, rule=lambda a, p, d: (p, p))
+    never = model.early_exit(*inputs, rule=lambda a, p, d: (p, p + 1))
+    assert (always.exit_block == 1).all() and (never.exit_block == 6).all()  # the last block always answers
+    torch.testing.assert_close(never.a, dact.accumulate_all(*model(*inputs))[0][-1])
+
+
+def test_heads_start_as_told():
+    classifier = nn.Linear(8, 3)
+    model = dact.DactBert(Backbone(4), classifier, halt_bias=2.0)
+    _, h = model(torch.randint(20, (5, 7)), torch.ones(5, 7, dtype=torch.bool))
+    torch.testing.assert_close(h, torch.full((4, 5), 0.8807970780))  # sigmoid(2)
+    weights = [classifier.weight] + [copy.weight for copy in model.classifiers]
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+    assert len({weight.data_ptr() for weight in weights}) == 5  # copies, not one shared head
+
+
+def test_every_weight_learns():
+    """Section 3: "the whole formulation is end-to-end differentiable"."""
+    model, inputs = random_model(N=4)
+    y, h = model(*inputs)
+    a, _ = dact.accumulate_all(y, h)
+    sum(dact.dact_loss(a[-1], h, torch.randint(3, (64,)), tau=0.01)).backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+
+
+def test_heads_keep_full_precision_under_autocast():
+    model, inputs = random_model()
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = model(*inputs)
+    assert y.dtype == h.dtype == torch.float32
+    assert len(torch.unique(h)) > h.numel() / 4  # bfloat16 has 8 bits: many values would coincide

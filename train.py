@@ -1,0 +1,438 @@
+"""Both fine-tuning stages of DACT-BERT, their evaluation, and the command line.
+
+    python train.py                 the toy task: a tiny BERT from scratch, two minutes on a laptop
+    python train.py --task rte      the paper's experiment: downloads Google's BERT-base and GLUE's RTE
+    python train.py --explain "the tea was not lovely"     a finished run at work on your own sentence
+
+Stage 1 fine-tunes the backbone and one classifier. Stage 2 starts from it and trains backbone and DACT heads together.
+Shapes: B sequences, C classes, N blocks.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+import bert
+import dact
+import data
+from data import InputError
+
+TOY_CONFIG = bert.BertConfig(
+    vocab_size=4 + len(data.TOY_WORDS),
+    hidden_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=128,
+    max_position_embeddings=32,
+)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        if args.explain:
+            explain(args)
+        else:
+            run(args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description="Fine-tune DACT-BERT in the two stages of the paper.")
+    add = parser.add_argument
+    add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
+    add("--model", help="a name such as bert-base-uncased (the default) or bert-small, or a folder or zip of weights")
+    add("--data", help="folder of the GLUE files, filled by download if they are not there (default: ~/.cache/dact-bert)")
+    add("--out", help="folder that the run leaves (default: runs/TASK)")
+    add("--epochs", type=float, default=3, help="passes over the training set, in each stage (default: 3, DeeBERT's)")
+    add("--batch", type=int, default=32, help="sequences in a batch (default: 32, our choice)")
+    add("--max-tokens", type=int, default=128, help="longer inputs are cut (default: 128 tokens, DeeBERT's)")
+    add("--lr", type=float, default=5e-5, help="peak learning rate of all but the halting neurons (default: 5e-5, ours)")
+    add("--halt-lr", type=float, default=1e-3, help="peak learning rate of the halting neurons (default: 1e-3, ours)")
+    add("--halt-bias", type=float, default=0.0, help="initial bias of the halting neurons (default: 0, i.e. h = 0.5)")
+    add("--tau", type=float, default=5e-3, help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")
+    add("--rule", choices=dact.RULES, default="paper", help="halting rule: the paper's (4), the default, or our exact one")
+    add("--seed", type=int, default=0, help="of weights, dropout and shuffling (default: 0)")
+    add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 where the hardware has it, else float32")
+    add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
+    add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence (or two), in the run --out")
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or f"runs/{args.task}")
+    args.data = Path(args.data or data.cache_dir() / "glue")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def run(args):
+    """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out."""
+    device = pick_device()
+    precision, reason = pick_precision(device, args.precision)
+    torch.manual_seed(args.seed)
+    stage1, tokenizer, name = starting_model(args)
+    pad_id = stage1.bert.config.pad_token_id
+    train, dev = (data.Dataset(s, tokenizer, args.max_tokens, pad_id) for s in data.load_task(args.task, args.data))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}
+    print(f"device     {device}, {precision} ({reason})")
+    print(f"model      {name}, {sum(p.numel() for p in stage1.parameters()) / 1e6:.1f} M parameters")
+    print(f"task       {args.task}, {len(train)} training and {len(dev)} dev examples, seed {args.seed}")
+    print("versions   " + ", ".join(f"{key} {value}" for key, value in versions.items()))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    header = {"task": args.task, "model": name, "max_tokens": args.max_tokens}
+    header |= {"config": asdict(stage1.bert.config), "tokenizer": tokenizer.to_str()}
+    seconds = {}
+    with open(args.out / "log.jsonl", "w") as log:
+        stage1.to(device)
+        if not args.stage1:
+            seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, log)
+            save(args.out / "stage1.pt", header | {"state": stage1.state_dict()})
+        adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias).to(device)
+        seconds["stage2"] = fit("stage 2", adaptive, stage2_loss(args.tau), train, args, device, precision, log)
+        save(args.out / "dact.pt", header | {"state": adaptive.state_dict()})
+
+    N = len(adaptive.backbone.blocks)
+    results = evaluate(stage1, adaptive, dev, args, device, precision)
+    report(results, train, dev, args, N)
+    write_metrics(results, seconds, dev, args, name, precision, versions, N)
+    print(f"saved      {args.out}/dact.pt and metrics.json")
+
+
+def pick_device():
+    """The best device there is: cuda, then mps, then cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(device, asked):
+    """("float32" or "bfloat16", the reason): bfloat16 only where the hardware multiplies it natively, and so faster."""
+    if asked:
+        return asked, "asked for"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "the GPU has it") if native else ("float32", "the GPU has no bfloat16")
+    if device.type == "cpu" and Path("/proc/cpuinfo").is_file():
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        for flag in ("amx_bf16", "avx512_bf16"):
+            if flag in flags:
+                return "bfloat16", f"the CPU has {flag}"
+    return "float32", "no native bfloat16 found"
+
+
+def starting_model(args):
+    """What training starts from: (BertClassifier, Tokenizer, name of the model).
+
+    The stage-1 model of an earlier run, or pretrained weights, or for the toy task a tiny BERT with random ones.
+    """
+    num_classes = len(data.find_task(args.task).labels)
+    if args.stage1:
+        saved = load_saved(Path(args.stage1), args.task)
+        return bert_classifier(saved, num_classes), Tokenizer.from_str(saved["tokenizer"]), saved["model"]
+    if args.task == "toy" and not args.model:
+        model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
+        vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *data.TOY_WORDS]
+        return model.apply(bert.init_weights), bert.wordpiece_tokenizer(vocab), "toy (from scratch)"
+    name = args.model or "bert-base-uncased"
+    return *bert.load_pretrained(name, num_classes), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def stage1_loss(model, inputs, labels):
+    """-> (loss, price of computation, mean h); stage 1 has no halting, so the last two are None."""
+    return F.cross_entropy(model(*inputs).float(), labels), None, None
+
+
+def stage2_loss(tau):
+    """The loss of stage 2 at a price tau: a function like `stage1_loss`."""
+
+    def loss(model, inputs, labels):
+        y, h = model(*inputs)
+        a, _ = dact.accumulate_all(y, h)
+        answer, price = dact.dact_loss(a[-1], h, labels, tau)
+        return answer + price, price, h.mean()
+
+    return loss
+
+
+def parameter_groups(model, args):
+    """For AdamW: decay on matrices only, and the halting neurons' own learning rate."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        lr = args.halt_lr if name.startswith("halts.") else args.lr
+        groups.setdefault((lr, 0.01 if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
+
+
+def fit(stage, model, loss_of, train, args, device, precision, log):
+    """Train `model` in place for args.epochs; prints a line per interval. Returns the seconds it took."""
+    torch.manual_seed(args.seed)  # so that stage 2 is the same whether stage 1 ran before it or was read from a file
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
+    steps = max(1, round(args.epochs * -(-len(train) // args.batch)))
+    warmup = max(1, steps // 10)  # CHOICE: linear warm-up over a tenth of the steps, then linear decay to 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+    )
+    began, examples, sums = time.perf_counter(), 0, torch.zeros(3, device=device)
+    since, interval = 0, max(1, steps // 20)
+    model.train()
+    for step, (inputs, labels) in enumerate(endless_batches(train, args, device), start=1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss, price, mean_h = loss_of(model, inputs, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        examples, since = examples + len(labels), since + 1
+        if price is not None:
+            sums += torch.stack([loss.detach(), price.detach(), mean_h.detach()])
+        else:
+            sums[0] += loss.detach()  # kept on the device: reading it every step would stall a GPU
+        if step % interval == 0 or step == steps:
+            mean_loss, mean_price, mean_h = (sums / since).tolist()
+            elapsed = time.perf_counter() - began
+            line = {"stage": stage, "step": step, "loss": mean_loss, "price": mean_price, "mean_h": mean_h}
+            log.write(json.dumps(line | {"seconds": round(elapsed, 2)}) + "\n")
+            log.flush()
+            halting = f"price {mean_price:.4f}  mean h {mean_h:.3f}  " if price is not None else ""
+            speed, left = examples / elapsed, elapsed / step * (steps - step)
+            print(
+                f"{stage}  step {step:>5}/{steps}  loss {mean_loss:.4f}  {halting}"
+                f"{speed:7.1f} examples/s  {left / 60:5.1f} min left",
+                flush=True,
+            )
+            if not np.isfinite(mean_loss):
+                raise InputError(f"{stage}: the loss is {mean_loss} at step {step}; try again with a smaller --lr")
+            sums.zero_()
+            since = 0
+        if step == steps:
+            break
+    return time.perf_counter() - began
+
+
+def endless_batches(train, args, device):
+    """Batches on the device, epoch after epoch, each epoch in an order of its own."""
+    epoch = 0
+    while True:
+        for indices in data.training_batches(train.lengths, args.batch, (args.seed, epoch)):
+            inputs, labels = train.batch(indices)
+            yield tuple(x.to(device) for x in inputs), labels.to(device)
+        epoch += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class Answers(NamedTuple):
+    """What one form of the model said about n examples."""
+
+    labels: torch.Tensor  # (n,) int64, predicted classes
+    exit_block: torch.Tensor  # (n,) int64, from 1
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(stage1, adaptive, dev, args, device, precision):
+    """Run the dev set through every form of the model: {form: Answers}.
+
+    Forms: "stage 1", "all blocks" (DACT's a_N) and the halting rules. Each batch goes through all of them in turn, so
+    that their times, which are compared, meet the same batches and the same noise of the machine.
+    """
+    stage1.eval(), adaptive.eval()
+    N = len(adaptive.backbone.blocks)
+
+    def answer(form, inputs):
+        if form in dact.RULES:
+            halted = adaptive.early_exit(*inputs, rule=dact.RULES[form])
+            return halted.label, halted.exit_block
+        probabilities = stage1(*inputs) if form == "stage 1" else dact.accumulate_all(*adaptive(*inputs))[0][-1]
+        labels = probabilities.argmax(1)
+        return labels, torch.full_like(labels, N)
+
+    forms = ("stage 1", "all blocks", *dact.RULES)
+    said = {form: (torch.zeros(len(dev), dtype=torch.long), torch.zeros(len(dev), dtype=torch.long)) for form in forms}
+    seconds = dict.fromkeys(forms, 0.0)
+    batches = data.evaluation_batches(dev.lengths, args.batch)
+    for warm_up, indices in [(True, batches[-1])] + [(False, batch) for batch in batches]:
+        inputs = tuple(x.to(device) for x in dev.batch(indices)[0])
+        for form in forms:
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                labels, exit_block = (x.cpu() for x in answer(form, inputs))  # .cpu() waits for the device
+            seconds[form] += 0.0 if warm_up else time.perf_counter() - began
+            said[form][0][indices], said[form][1][indices] = labels, exit_block
+    return {form: Answers(*said[form], seconds[form]) for form in forms}
+
+
+def scores(answers, dev, task):
+    """{metric: percent} of some Answers."""
+    return {name: data.METRICS[name](answers.labels, dev.labels) for name in data.TASKS[task].metrics}
+
+
+def blocks_used(answers, N):
+    """What halting saved: percent of blocks, mean exit block, and how many examples left after each block."""
+    return {
+        "saved": 100 * (1 - answers.exit_block.double().mean().item() / N),
+        "mean_blocks": answers.exit_block.double().mean().item(),
+        "exit_histogram": torch.bincount(answers.exit_block, minlength=N + 1)[1:].tolist(),
+    }
+
+
+def report(results, train, dev, args, N):
+    """The tables at the end of a run."""
+    metrics = data.TASKS[args.task].metrics
+    majority = Answers(torch.full_like(dev.labels, train.labels.mode().values.item()), torch.zeros(len(dev)), 0.0)
+    full = results["stage 1"]
+    print("\n" + " " * 26 + "".join(f"{name:>10}" for name in metrics) + "   blocks saved   seconds   speed-up")
+    rows = {"majority class": majority, "stage 1, all blocks": full}
+    rows |= {"DACT, rule (4)": results["paper"], "DACT, exact rule": results["exact"]}
+    for title, answers in rows.items():
+        line = f"{title:<26}" + "".join(f"{value:>9.1f}%" for value in scores(answers, dev, args.task).values())
+        if answers is not majority:
+            saved = blocks_used(answers, N)["saved"]
+            line += f"{saved:>14.1f}%{answers.seconds:>10.2f}{full.seconds / answers.seconds:>10.2f}x"
+        print(line)
+    for rule in dact.RULES:
+        same = (results[rule].labels == results["all blocks"].labels).sum().item()
+        print(f"rule {rule!r}: the answer of all blocks on {same} of {len(dev)} dev examples")
+    if len(dev.levels):
+        print(f"\nlevel   examples   stage 1   DACT ({args.rule} rule)   mean blocks")
+        for level in dev.levels.unique().tolist():
+            of_level, halted = dev.levels == level, results[args.rule]
+            first = data.accuracy(full.labels[of_level], dev.labels[of_level])
+            second = data.accuracy(halted.labels[of_level], dev.labels[of_level])
+            blocks = halted.exit_block[of_level].double().mean().item()
+            print(f"{level:>5}{of_level.sum().item():>11}{first:>9.1f}%{second:>18.1f}%{blocks:>14.2f}")
+
+
+def write_metrics(results, seconds, dev, args, name, precision, versions, N):
+    """metrics.json: what was run, and what came of it."""
+    rules = {rule: scores(results[rule], dev, args.task) | blocks_used(results[rule], N) for rule in dact.RULES}
+    for rule in dact.RULES:
+        rules[rule]["same_as_all_blocks"] = (results[rule].labels == results["all blocks"].labels).sum().item()
+    seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
+    settings = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "halt_lr", "halt_bias")}
+    content = {
+        "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **settings,
+        "precision": precision, "full": scores(results["stage 1"], dev, args.task), "dact": rules[args.rule],
+        "rules": rules, "seconds": seconds, "versions": versions,
+    }  # fmt: skip
+    write_whole(args.out / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def write_whole(path, write):
+    """Call `write(file)` on a file beside `path` and rename it: `path` is never half written."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as file:
+        write(file)
+    os.replace(part, path)
+
+
+def save(path, content):
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def load_saved(path, task):
+    """What `save` wrote to stage1.pt or dact.pt of a run on `task`; nothing in it can run code."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name a run that finished this stage")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["task"]
+        saved["config"], saved["tokenizer"], saved["state"]
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        raise InputError(f"{path}: not a file of a run ({type(error).__name__}); name another run") from None
+    if found != task:
+        raise InputError(f"{path}: a run on {found!r}, not on {task!r}; add --task {found}")
+    return saved
+
+
+def bert_classifier(saved, num_classes):
+    """The BertClassifier of a stage1.pt."""
+    config = bert.BertConfig.from_dict(saved["config"])
+    model = bert.BertClassifier(bert.Bert(config), bert.Classifier(config, num_classes))
+    return fill(model, saved)
+
+
+def dact_bert(saved, num_classes):
+    """The DactBert of a dact.pt."""
+    config = bert.BertConfig.from_dict(saved["config"])
+    return fill(dact.DactBert(bert.Bert(config), bert.Classifier(config, num_classes)), saved)
+
+
+def fill(model, saved):
+    try:
+        model.load_state_dict(saved["state"])
+    except RuntimeError as error:
+        raise InputError(f"the saved weights do not fit: {str(error).splitlines()[-1].strip()}; name another file") from None
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The equations at work on one sentence
+
+
+@torch.no_grad()
+def explain(args):
+    """Print, for each block of a finished run, y_n, h_n, p_n, a_n and both sides of the rules, and where each stops."""
+    saved = load_saved(args.out / "dact.pt", args.task)
+    names = data.TASKS[args.task].labels
+    model = dact_bert(saved, len(names)).eval()
+    if len(args.explain) > 2:
+        raise InputError(f"--explain takes one sentence or a pair, got {len(args.explain)}; quote each sentence")
+    text = args.explain[0] if len(args.explain) == 1 else tuple(args.explain)
+    tokenizer = Tokenizer.from_str(saved["tokenizer"])
+    examples = data.Examples([text], [0])
+    dataset = data.Dataset(examples, tokenizer, saved["max_tokens"], model.backbone.config.pad_token_id)
+    y, h = model(*dataset.batch([0])[0])
+    a, p = dact.accumulate_all(y, h)
+    N, stops = len(y), {}
+    print("tokens: " + " ".join(tokenizer.encode(*([text] if isinstance(text, str) else text)).tokens))
+    print(f"probabilities in the order: {', '.join(names)}\n")
+    show = lambda v: " ".join(f"{x:.3f}" for x in v.tolist())  # noqa: E731
+    width = 6 * len(names) + 1
+    print(f"  n  {'y_n':<{width}} h_n    p_n    {'a_n':<{width}} (4) left >= right   exact left >= 1")
+    for n in range(1, N + 1):
+        sides = {name: [s.item() for s in rule(a[n - 1], p[n - 1], N - n)] for name, rule in dact.RULES.items()}
+        for name, (left, right) in sides.items():
+            if left >= right:
+                stops.setdefault(name, n)
+        (left, right), (exact, _) = sides["paper"], sides["exact"]
+        print(
+            f"{n:>3}  {show(y[n - 1, 0]):<{width}} {h[n - 1].item():.3f}  {p[n - 1].item():.3f}  "
+            f"{show(a[n - 1, 0]):<{width}} {left:.3f} {'>=' if left >= right else '< '} {right:.3f}     "
+            f"{exact:.3f} {'>=' if exact >= 1 else '< '} 1"
+        )
+    for name, n in stops.items():
+        print(f"rule {name!r}: stops after block {n} of {N} with {names[a[n - 1].argmax().item()]!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
