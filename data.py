@@ -137,8 +137,12 @@ def find_file(folder, name, archive=None):
     url, sha256 = DOWNLOADS[archive or name]
     if archive is None:
         return download(url, path, sha256).read_bytes()
-    with zipfile.ZipFile(download(url, folder / archive, sha256, member=name)) as zipped:
-        return zipped.read(name)
+    path = download(url, folder / archive, sha256, member=name)
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            return zipped.read(name)
+    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: cannot read {name} ({error}); delete it to download it again") from None
 
 
 def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
@@ -201,7 +205,7 @@ def fetch(url, part):
         have = have if resuming else 0
         total = have + int(response.headers.get("Content-Length", 0))
         with open(part, "ab" if resuming else "wb") as file:
-            for chunk in response.iter_content(1 << 20):
+            for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 have += len(chunk)
                 show_progress(url, have, total)
@@ -248,6 +252,8 @@ def parse_tsv(content, name, columns):
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: byte {error.start} is not UTF-8; delete the file to download it again") from None
     lines = [line.removesuffix("\r") for line in lines]
+    if lines == [""]:
+        raise InputError(f"{name}: the file is empty; delete it to download it again")
     header = lines[0].split("\t")
     missing = [column for column in columns if column not in header]
     if missing:

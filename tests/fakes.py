@@ -1,0 +1,135 @@
+"""Small checkpoints, written in the formats of Google and of Hugging Face, for tests of the loaders."""
+
+import json
+import struct
+import zipfile
+
+import numpy as np
+import torch
+
+import bert
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", "the", "cat", "sat", "##s", "was", "not", "."]
+CONFIG = {
+    "vocab_size": len(VOCAB), "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 12, "max_position_embeddings": 140, "type_vocab_size": 2, "hidden_act": "gelu",
+}  # fmt: skip
+
+
+def google_arrays(config=CONFIG, seed=0):
+    """Random arrays under Google's names, in Google's shapes: kernels are (in, out)."""
+    rng = np.random.default_rng(seed)
+    D, I = config["hidden_size"], config["intermediate_size"]
+    shapes = {
+        "bert/embeddings/word_embeddings": (config["vocab_size"], D),
+        "bert/embeddings/position_embeddings": (config["max_position_embeddings"], D),
+        "bert/embeddings/token_type_embeddings": (config["type_vocab_size"], D),
+        "bert/embeddings/LayerNorm/gamma": (D,),
+        "bert/embeddings/LayerNorm/beta": (D,),
+        "bert/pooler/dense/kernel": (D, D),
+        "bert/pooler/dense/bias": (D,),
+        "cls/predictions/output_bias": (config["vocab_size"],),
+        "global_step": (),
+    }
+    for n in range(config["num_hidden_layers"]):
+        layer = f"bert/encoder/layer_{n}/"
+        dense = {f"attention/self/{name}": (D, D) for name in ("query", "key", "value")}
+        dense |= {"attention/output/dense": (D, D), "intermediate/dense": (D, I), "output/dense": (I, D)}
+        for name, shape in dense.items():
+            shapes |= {f"{layer}{name}/kernel": shape, f"{layer}{name}/bias": shape[1:]}
+        for name in ("attention/output/LayerNorm", "output/LayerNorm"):
+            shapes |= {f"{layer}{name}/gamma": (D,), f"{layer}{name}/beta": (D,)}
+        shapes[f"{layer}output/dense/kernel/adam_m"] = (I, D)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def hugging_face_names(arrays):
+    """The same weights under Hugging Face's names: the mapping spelt out once more, to check bert.py's own."""
+    tensors = {}
+    for name, array in arrays.items():
+        if name.startswith("bert/") and not name.endswith("adam_m"):
+            key = name.removeprefix("bert/").replace("/", ".").replace("layer_", "layer.")
+            if key.endswith(".kernel"):
+                key, array = key.removesuffix("kernel") + "weight", array.T
+            key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            tensors[key + ".weight" if key.endswith("embeddings") else key] = torch.tensor(array.copy())
+    return tensors
+
+
+def varint(value):
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes(out + bytes([value]))
+
+
+def index_bytes(entries, block_entries=4):
+    """A checkpoint index: {name: (shape, offset, size)} as a LevelDB table with prefixed keys and several blocks."""
+
+    def block(pairs):
+        body, last = b"", b""
+        for key, value in pairs:
+            shared = 0
+            while shared < min(len(key), len(last)) and key[shared] == last[shared]:
+                shared += 1
+            body += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
+            last = key
+        body += struct.pack("<II", 0, 1) + b"\0"
+        return body + struct.pack("<I", bert.masked_crc32c(body))
+
+    def message(shape, offset, size):
+        dims = b"".join(b"\x12" + varint(len(d)) + d for d in (b"\x08" + varint(n) for n in shape))
+        crc = b"\x35" + b"\0\0\0\0"
+        return b"\x08\x01\x12" + varint(len(dims)) + dims + b"\x20" + varint(offset) + b"\x28" + varint(size) + crc
+
+    pairs = [(b"", b"\x08\x01\x1a\x02\x08\x01")]  # the header: one shard, little-endian, version
+    pairs += [(name.encode(), message(*entry)) for name, entry in sorted(entries.items())]
+    table, handles = b"", []
+    for start in range(0, len(pairs), block_entries):
+        group = pairs[start : start + block_entries]
+        content = block(group)
+        handles.append((group[-1][0] + b"~", varint(len(table)) + varint(len(content) - 5)))
+        table += content
+    index = block(handles)
+    footer = varint(0) + varint(0) + varint(len(table)) + varint(len(index) - 5)
+    return table + index + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+
+
+def write_google(folder, arrays, config=CONFIG, vocab=VOCAB):
+    """A folder as Google's zips hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries, data = {}, b""
+    for name in sorted(arrays):
+        raw = np.ascontiguousarray(arrays[name]).tobytes()
+        entries[name] = (arrays[name].shape, len(data), len(raw))
+        data += raw
+    (folder / "bert_config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    (folder / "bert_model.ckpt.index").write_bytes(index_bytes(entries))
+    (folder / "bert_model.ckpt.data-00000-of-00001").write_bytes(data)
+    return folder
+
+
+def zip_folder(folder, path, inside=""):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for file in folder.iterdir():
+            zipped.write(file, inside + file.name)
+    return path
+
+
+def write_hugging_face(folder, tensors, config=CONFIG, vocab=VOCAB):
+    """A folder of the hub's layout: config.json, vocab.txt, model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        place = [len(body), len(body) + len(raw)]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        body += raw
+    head = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    return folder

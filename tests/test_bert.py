@@ -1,0 +1,369 @@
+"""bert.py against `transformers` on the same weights, and its loaders against everything that can be wrong with a file."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fakes import (
+    CONFIG,
+    VOCAB,
+    google_arrays,
+    hugging_face_names,
+    write_google,
+    write_hugging_face,
+    zip_folder,
+)
+from transformers import BertConfig as ReferenceConfig
+from transformers import BertModel, BertTokenizer, PreTrainedTokenizerFast
+
+import bert
+import data
+from data import InputError
+
+ASSETS = Path(os.environ.get("DACT_ASSETS", ""))
+MODELS = ASSETS / "models"
+needs_assets = pytest.mark.skipif("DACT_ASSETS" not in os.environ, reason="DACT_ASSETS names no folder of real weights")
+
+
+def real_batch(tokenizer, pad_id, max_tokens=128):
+    """Pairs of RTE's dev set, padded, with both segments (also where the tokenizer numbers them all 0)."""
+    _, dev = data.load_task("rte", ASSETS / "glue")
+    dataset = data.Dataset(data.Examples(dev.texts[:24], dev.labels[:24]), tokenizer, max_tokens, pad_id)
+    (input_ids, _, mask), _ = dataset.batch(np.arange(24))
+    segment_ids = (torch.arange(mask.shape[1]) > mask.sum(1, keepdim=True) // 2).long() * mask
+    assert not mask.all() and segment_ids.any()
+    return input_ids, segment_ids, mask
+
+
+@torch.no_grad()
+def assert_same_hidden_states(model, reference, input_ids, segment_ids, mask):
+    """Every block's hidden states on real tokens, to 1e-5."""
+    model.eval(), reference.eval()
+    expected = reference(
+        input_ids=input_ids, token_type_ids=segment_ids, attention_mask=mask.long(), output_hidden_states=True
+    ).hidden_states
+    hidden = model.embed(input_ids, segment_ids)
+    torch.testing.assert_close(hidden[mask], expected[0][mask], atol=1e-5, rtol=0)
+    assert len(expected) == len(model.blocks) + 1
+    for block, wanted in zip(model.blocks, expected[1:]):
+        hidden = block(hidden, mask)
+        torch.testing.assert_close(hidden[mask], wanted[mask], atol=1e-5, rtol=0)
+
+
+def reference_from_google(folder):
+    """transformers' BertModel, filled from a TensorFlow checkpoint through the mapping in fakes.py."""
+    content = (folder / "bert_model.ckpt.data-00000-of-00001").read_bytes()
+    entries, _ = bert.read_index((folder / "bert_model.ckpt.index").read_bytes(), "index")
+    arrays = {
+        name: np.frombuffer(content, np.float32, e.size // 4, e.offset).reshape(e.shape)
+        for name, e in entries.items()
+        if e.dtype == 1
+    }
+    reference = BertModel(ReferenceConfig(**json.loads((folder / "bert_config.json").read_text())))
+    reference.load_state_dict(hugging_face_names(arrays))
+    return reference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers as transformers
+
+
+@needs_assets
+def test_minilm_from_tensorflow_equals_transformers():
+    model, tokenizer = bert.load_pretrained(MODELS / "minilm_L-6_H-384_A-12", 2)
+    reference = reference_from_google(MODELS / "minilm_L-6_H-384_A-12")
+    assert_same_hidden_states(model.bert, reference, *real_batch(tokenizer, 0))
+
+
+@needs_assets
+def test_e5_from_safetensors_equals_transformers():
+    model, tokenizer = bert.load_pretrained(MODELS / "e5-small-12L", 2)
+    reference = BertModel.from_pretrained(MODELS / "e5-small-12L", dtype=torch.float32)
+    assert_same_hidden_states(model.bert, reference, *real_batch(tokenizer, 1))
+
+
+@needs_assets
+def test_tiny_random_from_tensorflow_equals_transformers_and_its_arrays():
+    folder = MODELS / "tiny_random_L-2_H-32_A-2"
+    config = bert.BertConfig.from_dict(json.loads((folder / "bert_config.json").read_text()))
+    tensors = bert.read_google(folder, bert.list_files(folder))
+    arrays = {name.replace("|", "/"): array for name, array in np.load(folder / "expected.npz").items()}
+    expected = {bert.our_name(name): tensor for name, tensor in hugging_face_names(arrays).items()}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    model = bert.build(config, 2, tensors, folder)
+    _, tokenizer = bert.load_pretrained(MODELS / "minilm_L-6_H-384_A-12", 2)
+    input_ids, segment_ids, mask = real_batch(tokenizer, 0, max_tokens=64)
+    assert_same_hidden_states(model.bert, reference_from_google(folder), input_ids % 128, segment_ids, mask)
+
+
+def test_small_random_model_equals_transformers(tmp_path):
+    folder = write_google(tmp_path / "google", google_arrays())
+    model, _ = bert.load_pretrained(folder, 2)
+    lengths = torch.tensor([9, 3, 6])
+    mask = torch.arange(9) < lengths[:, None]
+    batch = torch.randint(len(VOCAB), (3, 9)), torch.randint(2, (3, 9)), mask
+    assert_same_hidden_states(model.bert, reference_from_google(folder), *batch)
+
+
+@needs_assets
+@pytest.mark.parametrize("task", ["rte", "mrpc"])
+@pytest.mark.parametrize("name", ["minilm_L-6_H-384_A-12", "e5-small-12L"])
+def test_token_ids_equal_transformers(task, name):
+    path = MODELS / name
+    tokenizer = bert.read_tokenizer(path, bert.list_files(path))
+    if name.startswith("minilm"):
+        reference = BertTokenizer(vocab=str(path / "vocab.txt"), do_lower_case=True)
+    else:
+        reference = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    _, dev = data.load_task(task, ASSETS / "glue")
+    dataset = data.Dataset(dev, tokenizer, 128, 0)
+    expected = reference([a for a, _ in dev.texts], [b for _, b in dev.texts], truncation=True, max_length=128)
+    assert [ids.tolist() for ids in dataset.input_ids] == expected["input_ids"]
+    if name.startswith("minilm"):
+        assert [ids.tolist() for ids in dataset.segment_ids] == expected["token_type_ids"]
+
+
+@needs_assets
+def test_a_genuine_index_of_google():
+    path = MODELS / "uncased_L-8_H-512_A-8.index-only" / "bert_model.ckpt.index"
+    entries, num_shards = bert.read_index(path.read_bytes(), "index")
+    assert num_shards == 1 and len(entries) == 142
+    assert entries["bert/embeddings/word_embeddings"].shape == (30522, 512)
+    assert max(entry.offset + entry.size for entry in entries.values()) == 166_673_648  # the data file's known size
+
+
+def test_padding_changes_no_answer(tmp_path):
+    model, _ = bert.load_pretrained(write_google(tmp_path / "google", google_arrays()), 3)
+    model.eval()
+    input_ids, segment_ids = torch.randint(len(VOCAB), (4, 7)), torch.randint(2, (4, 7))
+    wide = [torch.nn.functional.pad(x, (0, 5), value=1) for x in (input_ids, segment_ids)]
+    mask = torch.arange(12).expand(4, 12) < 7
+    hidden, padded = model.bert.embed(input_ids, segment_ids), model.bert.embed(*wide)
+    for block in model.bert.blocks:
+        hidden, padded = block(hidden, mask[:, :7]), block(padded, mask)
+        torch.testing.assert_close(padded[:, :7], hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where weights come from
+
+
+def state(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier.linear")}
+
+
+def assert_same_weights(model, other, tolerance=0.0):
+    assert state(model).keys() == state(other).keys()
+    for name, tensor in state(model).items():
+        torch.testing.assert_close(tensor, state(other)[name], atol=tolerance, rtol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("inside", ["", "uncased_L-2_H-8_A-2/"])
+def test_google_zip_flat_and_nested(tmp_path, inside):
+    folder = write_google(tmp_path / "google", google_arrays())
+    zipped = zip_folder(folder, tmp_path / "model.zip", inside)
+    assert_same_weights(bert.load_pretrained(zipped, 2)[0], bert.load_pretrained(folder, 2)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_hugging_face_folder(tmp_path, dtype, prefix):
+    arrays = google_arrays()
+    tensors = {prefix + name: tensor.to(dtype) for name, tensor in hugging_face_names(arrays).items()}
+    tensors |= {"cls.predictions.bias": torch.zeros(3), prefix + "embeddings.position_ids": torch.arange(3)}
+    model, _ = bert.load_pretrained(write_hugging_face(tmp_path / "hub", tensors), 2)
+    expected, _ = bert.load_pretrained(write_google(tmp_path / "google", arrays), 2)
+    assert_same_weights(model, expected, tolerance=0.0 if dtype == torch.float32 else 0.01)
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+
+
+def test_old_gamma_beta_names(tmp_path):
+    arrays = google_arrays()
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in hugging_face_names(arrays).items()
+    }
+    model, _ = bert.load_pretrained(write_hugging_face(tmp_path / "hub", tensors), 2)
+    assert_same_weights(model, bert.load_pretrained(write_google(tmp_path / "google", arrays), 2)[0])
+
+
+def test_a_missing_pooler_starts_fresh_and_is_said(tmp_path, capsys):
+    tensors = {name: t for name, t in hugging_face_names(google_arrays()).items() if "pooler" not in name}
+    model, _ = bert.load_pretrained(write_hugging_face(tmp_path / "hub", tensors), 2)
+    assert "no pooler" in capsys.readouterr().out
+    assert 0.01 < model.classifier.pooler.weight.std() < 0.03  # N(0, 0.02), cut
+
+
+def test_loaded_weights_do_not_change_the_file(tmp_path):
+    folder = write_google(tmp_path / "google", google_arrays())
+    before = (folder / "bert_model.ckpt.data-00000-of-00001").read_bytes()
+    model, _ = bert.load_pretrained(folder, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (folder / "bert_model.ckpt.data-00000-of-00001").read_bytes() == before
+
+
+def test_cased_or_uncased_is_read_off_the_vocabulary():
+    uncased = bert.wordpiece_tokenizer(VOCAB)
+    assert uncased.encode("The CATS", "é z").tokens == ["[CLS]", "the", "cat", "##s", "[SEP]", "e", "[UNK]", "[SEP]"]
+    assert uncased.encode("The CATS", "cat").type_ids == [0, 0, 0, 0, 0, 1, 1]
+    cased = bert.wordpiece_tokenizer([*VOCAB, "The"])
+    assert cased.encode("The the THE").tokens == ["[CLS]", "The", "the", "[UNK]", "[SEP]"]
+
+
+def test_names_of_google_models():
+    assert len([name for name in bert.GOOGLE_MODELS if name.startswith("uncased_L-")]) == 24
+    assert bert.GOOGLE_MODELS["bert-base-uncased"] == "2018_10_18/uncased_L-12_H-768_A-12"
+    assert bert.GOOGLE_MODELS["bert-medium"] == bert.GOOGLE_MODELS["uncased_L-8_H-512_A-8"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line each, that names the thing
+
+
+def refuse(path, *words):
+    with pytest.raises(InputError) as caught:
+        bert.load_pretrained(path, 2)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.fixture
+def google(tmp_path):
+    return write_google(tmp_path / "google", google_arrays())
+
+
+DATA_FILE = "bert_model.ckpt.data-00000-of-00001"
+
+
+def test_missing_empty_and_truncated_data_file(google):
+    content = (google / DATA_FILE).read_bytes()
+    (google / DATA_FILE).write_bytes(content[:-1000])
+    refuse(google, DATA_FILE, f"ends after {len(content) - 1000} bytes")
+    (google / DATA_FILE).write_bytes(b"")
+    refuse(google, DATA_FILE, "empty")
+    (google / DATA_FILE).unlink()
+    refuse(google, DATA_FILE, "missing")
+
+
+@needs_assets
+def test_a_genuine_checkpoint_without_its_data_file():
+    refuse(MODELS / "uncased_L-8_H-512_A-8.index-only", DATA_FILE, "missing")
+
+
+def test_missing_left_over_and_misshapen_tensors(tmp_path):
+    arrays = google_arrays()
+    key = "bert/encoder/layer_1/attention/self/key/kernel"
+    refuse(write_google(tmp_path / "a", {k: v for k, v in arrays.items() if k != key}), "missing", "blocks.1.attention.key")
+    refuse(write_google(tmp_path / "b", arrays | {"bert/extra": np.zeros(3, np.float32)}), "no place", "extra")
+    refuse(write_google(tmp_path / "c", arrays | {key: np.zeros((8, 7), np.float32)}), "(7, 8)", "(8, 8)")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_hidden_layers": 3}, ("missing", "blocks.2.")),
+        ({"num_hidden_layers": 1}, ("no place", "blocks.1.")),
+        ({"intermediate_size": 16}, ("shape (12,)", "asks for (16,)")),
+        ({"num_attention_heads": 3}, ("hidden_size 8", "num_attention_heads 3")),
+        ({"hidden_size": "8"}, ("hidden_size", "'8'")),
+        ({"hidden_size": None}, ("hidden_size", "None")),
+        ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
+        ({"hidden_act": "relu"}, ("hidden_act", "relu")),
+        ({"model_type": "gpt2"}, ("gpt2",)),
+    ],
+)
+def test_config_that_does_not_fit(tmp_path, change, words):
+    refuse(write_google(tmp_path / "google", google_arrays(), config=CONFIG | change), *words)
+
+
+def test_config_that_is_missing_broken_or_incomplete(google):
+    (google / "bert_config.json").write_text('{"vocab_size": 30522,')
+    refuse(google, "bert_config.json", "not JSON")
+    (google / "bert_config.json").write_text('{"vocab_size": 30522}')
+    refuse(google, "hidden_size is missing")
+    (google / "bert_config.json").write_text("[1]")
+    refuse(google, "list")
+    (google / "bert_config.json").unlink()
+    refuse(google, "neither bert_config.json", "nor config.json")
+
+
+def test_bad_vocabulary(google):
+    (google / "vocab.txt").write_text("the\ncat\n")
+    refuse(google, "vocab.txt", "[PAD]")
+    (google / "vocab.txt").write_text("\n".join([*VOCAB, "one", "more"]) + "\n")
+    refuse(google, "24 tokens", "22")
+    (google / "vocab.txt").write_bytes(b"\xff\xfe")
+    refuse(google, "vocab.txt", "UTF-8")
+    (google / "vocab.txt").unlink()
+    refuse(google, "vocab.txt")
+    (google / "tokenizer.json").write_text("{}")
+    refuse(google, "tokenizer.json")
+
+
+def test_every_damaged_byte_of_an_index_is_noticed(google):
+    """Its checksums cover all but the footer's padding, which nothing reads."""
+    content = (google / "bert_model.ckpt.index").read_bytes()
+    expected = bert.read_index(content, "index")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in rng.choice(len(content), 300, replace=False):
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        try:
+            assert bert.read_index(bytes(damaged), "index") == expected
+        except InputError:
+            refused += 1
+    assert refused > 250
+    for length in (0, 7, 47, 48, len(content) - 1):
+        with pytest.raises(InputError):
+            bert.read_index(content[:length], "index")
+
+
+def test_bad_safetensors(tmp_path):
+    tensors = hugging_face_names(google_arrays())
+    folder = write_hugging_face(tmp_path / "hub", tensors)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    for broken, word in (
+        (content[:-100], "ends after"),
+        (content[:100], "not a safetensors file"),
+        (struct.pack("<Q", 1 << 60) + content[8:], "claims"),
+        (content[:8] + b"[" + content[9:], "not a safetensors file"),
+        (content[: 8 + length].replace(b'"F32"', b'"F99"') + content[8 + length :], "F99"),
+        (content[: 8 + length].replace(b"[8, 8]", b"[8, 7]") + content[8 + length :], "(8, 7)"),
+        (b"", "empty"),
+    ):
+        file.write_bytes(broken)
+        refuse(folder, "model.safetensors", word)
+    write_hugging_face(folder, {k: v for k, v in tensors.items() if k != "embeddings.word_embeddings.weight"})
+    refuse(folder, "missing", "embed.word")
+    file.unlink()
+    refuse(folder, "model.safetensors is missing")
+
+
+def test_paths_that_are_no_model(tmp_path):
+    refuse("bert-huge", "unknown model 'bert-huge'", "bert-base-uncased")
+    (tmp_path / "file").write_text("not a zip")
+    refuse(tmp_path / "file", "neither a folder nor a zip")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", "neither bert_config.json")
+    google = write_google(tmp_path / "google", google_arrays())
+    (google / "bert_model.ckpt.index").unlink()
+    refuse(google, "ckpt.index")
+
+
+def test_damaged_zip(google, tmp_path):
+    zipped = zip_folder(google, tmp_path / "model.zip")
+    content = bytearray(zipped.read_bytes())
+    middle = content.index(DATA_FILE.encode()) + 200  # inside the compressed weights
+    content[middle : middle + 50] = bytes(50)
+    zipped.write_bytes(content)
+    refuse(zipped, "cannot be read from the zip")

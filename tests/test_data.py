@@ -1,0 +1,342 @@
+"""data.py: downloads against a server on this machine, GLUE's quirks, batches, metrics, the toy task."""
+
+import hashlib
+import http.server
+import io
+import os
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import bert
+import data
+from data import InputError
+
+ASSETS = Path(os.environ.get("DACT_ASSETS", ""))
+needs_assets = pytest.mark.skipif("DACT_ASSETS" not in os.environ, reason="DACT_ASSETS names no folder of real data")
+BODY = bytes(range(256)) * 2000  # half a megabyte
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` {path: bytes}; `behave` {path: list of behaviours, one a request}; keeps the requests it saw."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.behave, self.seen = {}, {}, []
+
+    def url(self, path):
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        behaviours = self.server.behave.get(self.path, [])
+        behaviour = behaviours.pop(0) if behaviours else "good"
+        self.server.seen.append((self.path, self.headers.get("Range")))
+        if behaviour == "drop":  # the connection closes without a word
+            return
+        if self.path not in self.server.files or isinstance(behaviour, int):
+            self.send_error(behaviour if isinstance(behaviour, int) else 404)
+            return
+        body, total, start = self.server.files[self.path], len(self.server.files[self.path]), 0
+        if self.headers.get("Range") and behaviour != "no ranges":
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if start >= total:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{total}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(total - start))
+        self.end_headers()
+        end = start + (total - start) // 2 if behaviour == "truncate" else total
+        self.wfile.write(body[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    server.files["/file"] = BODY
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def refuse_download(server, path, *words, name="/file", **options):
+    with pytest.raises(InputError) as caught:
+        data.download(server.url(name), path, pause=0, **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert not Path(path).exists()
+
+
+def test_good_download_and_no_second_one(server, tmp_path):
+    path = data.download(server.url("/file"), tmp_path / "new" / "file", SHA256)
+    assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
+    data.download(server.url("/file"), path, SHA256)
+    assert len(server.seen) == 1
+
+
+def resumed_at(server):
+    """Where the last request asked the server to go on; never beyond what it had sent."""
+    start = int(server.seen[-1][1].removeprefix("bytes=").removesuffix("-"))
+    assert start <= len(BODY) // 2
+    return start
+
+
+@pytest.mark.parametrize("failure", ["truncate", "drop", 500, 503, 429])
+def test_a_passing_failure_is_retried(server, tmp_path, failure):
+    server.behave["/file"] = [failure]
+    assert data.download(server.url("/file"), tmp_path / "file", SHA256, pause=0).read_bytes() == BODY
+    assert resumed_at(server) > 0 if failure == "truncate" else server.seen[1][1] is None
+
+
+def test_a_later_run_resumes(server, tmp_path):
+    server.behave["/file"] = ["truncate"] + ["drop"] * 3
+    refuse_download(server, tmp_path / "file", "connection failed")
+    assert data.download(server.url("/file"), tmp_path / "file", SHA256).read_bytes() == BODY
+    assert resumed_at(server) > 0
+
+
+def test_a_server_that_cannot_resume_starts_over(server, tmp_path):
+    server.behave["/file"] = ["truncate", "no ranges"]
+    assert data.download(server.url("/file"), tmp_path / "file", SHA256, pause=0).read_bytes() == BODY
+
+
+def test_a_whole_part_file_needs_no_bytes_and_a_stale_one_starts_over(server, tmp_path):
+    part = tmp_path / "file.part"
+    part.write_bytes(BODY)
+    assert data.download(server.url("/file"), tmp_path / "file", SHA256, pause=0).read_bytes() == BODY
+    for stale in (b"x" * 1000, b"x" * (len(BODY) + 5)):
+        (tmp_path / "file").unlink()
+        part.write_bytes(stale)
+        assert data.download(server.url("/file"), tmp_path / "file", SHA256, pause=0).read_bytes() == BODY
+        assert not part.exists()
+
+
+def test_wrong_sum(server, tmp_path):
+    refuse_download(server, tmp_path / "file", "sha256", SHA256[:8], sha256="0" * 64)
+    assert len(server.seen) == 1 and os.listdir(tmp_path) == []  # a fresh copy that is wrong is not asked for again
+
+
+def test_truncated_for_good(server, tmp_path):
+    server.behave["/file"] = ["truncate"] * 4
+    refuse_download(server, tmp_path / "file", "connection failed", sha256=SHA256)
+
+
+def test_404_is_not_retried(server, tmp_path):
+    refuse_download(server, tmp_path / "file", "404", name="/nothing")
+    assert len(server.seen) == 1
+
+
+def test_dropped_connection_and_no_server(server, tmp_path):
+    server.behave["/file"] = ["drop"] * 4
+    refuse_download(server, tmp_path / "file", "connection failed")
+    with pytest.raises(InputError, match="connection failed"):
+        data.download("http://127.0.0.1:9/file", tmp_path / "file", pause=0)
+
+
+def zip_bytes(**files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as zipped:
+        for name, content in files.items():
+            zipped.writestr(name.replace("__", "/"), content)
+    return buffer.getvalue()
+
+
+def test_zip_without_the_member_and_no_zip(server, tmp_path):
+    server.files["/file"] = zip_bytes(other="x")
+    refuse_download(server, tmp_path / "file", "no RTE/train.tsv", member="RTE/train.tsv")
+    server.files["/file"] = BODY
+    refuse_download(server, tmp_path / "file", "not a zip", member="RTE/train.tsv")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_full_disk(server, tmp_path):
+    (tmp_path / "file.part").symlink_to("/dev/full")
+    refuse_download(server, tmp_path / "file", "cannot write", "No space left")
+
+
+def test_read_only_folder(server, tmp_path):
+    tmp_path.chmod(0o555)
+    folder = tmp_path
+    if os.access(folder, os.W_OK):  # root writes everywhere, but for the kernel's own folders
+        folder = Path("/sys/dact-test")
+    refuse_download(server, folder / "new" / "file", "cannot write", str(folder))
+    tmp_path.chmod(0o755)
+
+
+def test_progress_on_a_terminal_only(server, tmp_path, capsys, monkeypatch):
+    data.download(server.url("/file"), tmp_path / "quiet")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    data.download(server.url("/file"), tmp_path / "loud")
+    assert "0.5 of 0.5 MB\n" in capsys.readouterr().err
+
+
+RTE_TSV = 'index\tsentence1\tsentence2\tlabel\n0\tA "cat.\tB.\tentailment\n1\tC\tD\tnot_entailment\n'
+
+
+def test_rte_comes_out_of_its_zip(server, tmp_path, monkeypatch):
+    server.files["/RTE.zip"] = zip_bytes(RTE__train_tsv=RTE_TSV).replace(b"train_tsv", b"train.tsv")
+    monkeypatch.setitem(data.DOWNLOADS, "RTE.zip", (server.url("/RTE.zip"), None))
+    with pytest.raises(InputError, match="RTE.zip: cannot read .*dev.tsv"):  # a zip that has train but not dev
+        data.load_task("rte", tmp_path)
+    whole = zip_bytes(RTE__train_tsv=RTE_TSV, RTE__dev_tsv=RTE_TSV)
+    (tmp_path / "RTE.zip").write_bytes(whole.replace(b"train_tsv", b"train.tsv").replace(b"dev_tsv", b"dev.tsv"))
+    train, dev = data.load_task("rte", tmp_path)
+    assert train.texts == [('A "cat.', "B."), ("C", "D")] and train.labels == dev.labels == [0, 1]
+
+
+def test_google_model_is_downloaded_once(server, tmp_path, monkeypatch):
+    from fakes import google_arrays, write_google, zip_folder
+
+    zipped = zip_folder(write_google(tmp_path / "google", google_arrays()), tmp_path / "model.zip")
+    server.files["/2020_02_20/uncased_L-2_H-128_A-2.zip"] = zipped.read_bytes()
+    monkeypatch.setattr(bert, "GOOGLE_URL", server.url("/"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        model, _ = bert.load_pretrained("bert-tiny", 2)
+    assert len(model.bert.blocks) == 2 and len(server.seen) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
+@needs_assets
+@pytest.mark.parametrize("task, sizes", [("rte", (2490, 277)), ("mrpc", (3668, 408)), ("qnli", (10293, 5463))])
+def test_real_files_are_read_whole(task, sizes):
+    train, dev = data.load_task(task, ASSETS / "glue")
+    assert (len(train.texts), len(dev.texts)) == sizes
+    positive = {"rte": 146, "mrpc": 129, "qnli": 2702}[task]  # dev examples of class 0
+    assert dev.labels.count(0) == positive
+
+
+MRPC_HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+
+
+def write_mrpc(folder, rows, ids):
+    (folder / "MRPC").mkdir(exist_ok=True)
+    (folder / "MRPC" / "msr_paraphrase_train.txt").write_text(MRPC_HEADER + "".join(rows), "utf-8")
+    (folder / "MRPC" / "mrpc_dev_ids.tsv").write_text(ids)
+
+
+def test_mrpc_split_mark_and_quotes(tmp_path):
+    rows = ['1\t10\t11\t"Open quote\tB\x85b\r\n', "0\t12\t13\tC\tD\u2028d\r\n", '1\t11\t10\tE"\tF\r\n']
+    write_mrpc(tmp_path, rows, "12\t13\n11\t12\n")
+    train, dev = data.load_task("mrpc", tmp_path)
+    assert train.texts == [('"Open quote', "B\x85b"), ('E"', "F")] and train.labels == [1, 1]
+    assert dev.texts == [("C", "D\u2028d")] and dev.labels == [0]
+    write_mrpc(tmp_path, rows, "7\t8\n")
+    with pytest.raises(InputError, match="mrpc_dev_ids.tsv"):
+        data.load_task("mrpc", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "the file is empty"),
+        (b"index\tsentence1\tsentence2\tlabel\n", "no examples"),
+        (b"index\tsentence1\tlabel\n0\ta\tentailment\n", "no column 'sentence2'"),
+        (b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", "line 2: unknown label 'maybe'"),
+        (b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\tb\n", "line 3: 3 columns"),
+        (b"index\tsentence1\tsentence2\tlabel\n0\ta\xff\tb\tentailment\n", "not UTF-8"),
+    ],
+)
+def test_bad_tsv(tmp_path, content, words):
+    (tmp_path / "RTE").mkdir()
+    (tmp_path / "RTE" / "train.tsv").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        data.load_task("rte", tmp_path)
+    assert words in str(caught.value) and "RTE/train.tsv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_task(tmp_path):
+    with pytest.raises(InputError, match="unknown task 'rtee'; choose one of: toy, rte"):
+        data.load_task("rtee", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and metrics
+
+
+def test_batches_pad_on_the_right():
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate("pad a b c d".split())}))
+    tokenizer.pre_tokenizer = Whitespace()
+    examples = data.Examples([("a b", "c"), ("d", "a"), ("a a a a", "b b")], [1, 0, 1])
+    dataset = data.Dataset(examples, tokenizer, max_tokens=5, pad_id=9)
+    (input_ids, segment_ids, mask), labels = dataset.batch(np.array([0, 1]))
+    assert input_ids.tolist() == [[1, 2, 3], [4, 1, 9]]
+    assert segment_ids.tolist() == [[0, 0, 1], [0, 1, 0]]
+    assert mask.tolist() == [[True, True, True], [True, True, False]]
+    assert labels.tolist() == [1, 0]
+    assert dataset.input_ids[2].tolist() == [1, 1, 1, 2, 2]  # cut to 5, the longer sentence first
+
+
+def test_training_batches():
+    lengths = np.random.default_rng(0).integers(5, 128, 1000)
+    first, again, later = (data.training_batches(lengths, 32, seed) for seed in ((3, 0), (3, 0), (3, 1)))
+    assert sorted(np.concatenate(first)) == list(range(1000))  # each example once
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not np.array_equal(np.concatenate(first), np.concatenate(later))
+    padded = sum(lengths[batch].max() * len(batch) for batch in first)
+    assert padded < 1.1 * lengths.sum()
+    assert abs(np.corrcoef([lengths[b].mean() for b in first], range(len(first)))[0, 1]) < 0.5  # order is shuffled
+
+
+def test_evaluation_batches():
+    lengths = np.array([5, 3, 9, 1, 4])
+    assert [batch.tolist() for batch in data.evaluation_batches(lengths, 2)] == [[3, 1], [4, 0], [2]]
+
+
+def test_metrics_by_hand():
+    predicted, labels = torch.tensor([1, 1, 1, 0, 0]), torch.tensor([1, 1, 0, 1, 0])
+    assert data.accuracy(predicted, labels) == pytest.approx(60)
+    assert data.f1(predicted, labels) == pytest.approx(100 * 2 / 3)  # precision 2/3, recall 2/3
+    assert data.f1(torch.zeros(5), labels) == 0
+    mrpc_dev = torch.tensor([1] * 279 + [0] * 129)  # the majority class on MRPC's dev set
+    assert data.f1(torch.ones(408), mrpc_dev) == pytest.approx(81.22, abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy task
+
+
+def pleases(text):
+    """The toy task's label worked out from its words: what stands after "but" decides, "not" turns it."""
+    words = text.split(" but ")[-1].split()
+    return (words[-1] in data.GOOD) != ("not" in words)
+
+
+def test_toy_labels_and_levels():
+    examples = data.toy_examples(900, seed=5)
+    assert [bool(label) for label in examples.labels] == [pleases(text) for text in examples.texts]
+    assert all(("but" in text) == (level == 3) for text, level in zip(examples.texts, examples.levels))
+    assert all("not" in text for text, level in zip(examples.texts, examples.levels) if level == 2)
+    assert [examples.levels.count(level) for level in (1, 2, 3)] == [300, 300, 300]
+    assert 0.4 < np.mean(examples.labels) < 0.6
+    assert set(" ".join(examples.texts).split()) <= set(data.TOY_WORDS)
+    assert data.toy_examples(900, seed=5) == examples != data.toy_examples(900, seed=6)
