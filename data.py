@@ -71,7 +71,7 @@ def load_task(name, folder):
     """
     task = find_task(name)
     if name == "toy":
-        return toy_examples(2048, seed=1), toy_examples(600, seed=2)
+        return toy_examples(4096, seed=1), toy_examples(600, seed=2)
     if name == "mrpc":
         return load_mrpc(Path(folder))
     folder_name, archive = {"rte": ("RTE", "RTE.zip"), "qnli": ("QNLI", "QNLIv2.zip")}[name]
@@ -370,30 +370,33 @@ METRICS = {"accuracy": accuracy, "F1": f1}
 THINGS = "food service music room garden staff soup view tea story".split()
 GOOD = "good great lovely fresh kind warm bright perfect".split()
 BAD = "bad awful dirty cold rude dull bitter broken".split()
-TOY_WORDS = ["the", "was", "not", "but", *THINGS, *GOOD, *BAD]
+TOY_WORDS = ["the", "was", "not", "but", ",", "former", "latter", "counts", *THINGS, *GOOD, *BAD]
 
 
-def clause(rng, negated):
-    """("the soup was not awful", True): a clause and whether it pleases."""
-    pleased = rng.random() < 0.5
-    word = rng.choice(GOOD if pleased else BAD)
-    return f"the {rng.choice(THINGS)} was {'not ' if negated else ''}{word}", pleased != negated
+def clause(rng):
+    """A clause and whether it pleases: ("the soup was not awful", True)."""
+    good, negated = rng.random() < 0.5, rng.random() < 0.5
+    word = rng.choice(GOOD if good else BAD)
+    return f"the {rng.choice(THINGS)} was {'not ' if negated else ''}{word}", good != negated
 
 
 def toy_examples(count, seed):
     """Sentences in three levels of difficulty, a third each.
 
-    1: one word decides ("the tea was lovely"); 2: it is turned by a "not" ("the tea was not lovely");
-    3: of two clauses joined by "but" the second wins, each with or without "not".
+    1: one clause, perhaps with a "not":         the tea was not lovely
+    2: two clauses, of which the second wins:    the tea was not lovely but the staff was kind
+    3: the end of the sentence says which wins:  the tea was not lovely but the staff was kind , the former counts
     """
     rng = random.Random(seed)
     examples = Examples()
     for i in range(count):
         level = i % 3 + 1
-        text, label = clause(rng, negated=level == 2 or (level == 3 and rng.random() < 0.5))
-        if level == 3:
-            second, label = clause(rng, negated=rng.random() < 0.5)
-            text = f"{text} but {second}"
+        text, label = clause(rng)
+        if level > 1:
+            second, second_label = clause(rng)
+            latter = level == 2 or rng.random() < 0.5
+            ending = f" , the {'latter' if latter else 'former'} counts" if level == 3 else ""
+            text, label = f"{text} but {second}{ending}", second_label if latter else label
         examples.texts.append(text)
         examples.labels.append(int(label))
         examples.levels.append(level)

@@ -34,10 +34,12 @@ TOY_CONFIG = bert.BertConfig(
     vocab_size=4 + len(data.TOY_WORDS),
     hidden_size=64,
     num_hidden_layers=6,
-    num_attention_heads=4,
+    num_attention_heads=2,  # few heads, so that one block cannot gather all that a sentence of level 3 turns on
     intermediate_size=128,
     max_position_embeddings=32,
 )
+# (GLUE, toy): what suits a pretrained model does not suit one that starts from nothing
+DEFAULTS = {"epochs": (3, 12), "batch": (32, 64), "lr": (5e-5, 1e-3)}
 
 
 def main(argv=None):
@@ -50,6 +52,10 @@ def main(argv=None):
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        kept = args.out / "stage1.pt"
+        print(f"interrupted; to go on after stage 1, add --stage1 {kept}" if kept.exists() else "interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -58,24 +64,39 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
     add("--model", help="a name such as bert-base-uncased (the default) or bert-small, or a folder or zip of weights")
-    add("--data", help="folder of the GLUE files, filled by download if they are not there (default: ~/.cache/dact-bert)")
+    add("--data", help="folder of the GLUE files; what is not there is downloaded to it (default: ~/.cache/dact-bert/glue)")
     add("--out", help="folder that the run leaves (default: runs/TASK)")
-    add("--epochs", type=float, default=3, help="passes over the training set, in each stage (default: 3, DeeBERT's)")
-    add("--batch", type=int, default=32, help="sequences in a batch (default: 32, our choice)")
-    add("--max-tokens", type=int, default=128, help="longer inputs are cut (default: 128 tokens, DeeBERT's)")
-    add("--lr", type=float, default=5e-5, help="peak learning rate of all but the halting neurons (default: 5e-5, ours)")
-    add("--halt-lr", type=float, default=1e-3, help="peak learning rate of the halting neurons (default: 1e-3, ours)")
-    add("--halt-bias", type=float, default=0.0, help="initial bias of the halting neurons (default: 0, i.e. h = 0.5)")
+    add("--epochs", type=positive(float), help="passes over the training set in each stage (default: 3, DeeBERT's; toy: 12)")
+    add("--batch", type=positive(int), help="sequences in a batch (default: 32, our choice; toy: 64)")
+    add("--max-tokens", type=positive(int), default=128, help="longer inputs are cut (default: 128 tokens, DeeBERT's)")
+    add("--lr", type=positive(float), help="peak learning rate but for the halting neurons (default: 5e-5, ours; toy: 1e-3)")
+    add("--halt-lr", type=positive(float), default=1e-3, help="peak learning rate of halting neurons (default: 1e-3, ours)")
+    add("--halt-bias", type=float, default=0.0, help="initial bias of the halting neurons (default: 0, so h = 0.5; ours)")
     add("--tau", type=float, default=5e-3, help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")
-    add("--rule", choices=dact.RULES, default="paper", help="halting rule: the paper's (4), the default, or our exact one")
-    add("--seed", type=int, default=0, help="of weights, dropout and shuffling (default: 0)")
+    add("--rule", choices=dact.RULES, default="paper", help="halting rule of the tables: (4), the default, or our exact one")
+    add("--seed", type=int, default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 where the hardware has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
-    add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence (or two), in the run --out")
+    add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence (or pair), in the run --out")
     args = parser.parse_args(argv)
+    for name, (glue, toy) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, toy if args.task == "toy" else glue)
     args.out = Path(args.out or f"runs/{args.task}")
     args.data = Path(args.data or data.cache_dir() / "glue")
     return args
+
+
+def positive(kind):
+    """An argparse type: an int or float above 0."""
+
+    def parse(text):
+        if not 0 < kind(text) < float("inf"):
+            raise ValueError
+        return kind(text)
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its message
+    return parse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +110,8 @@ def run(args):
     torch.manual_seed(args.seed)
     stage1, tokenizer, name = starting_model(args)
     pad_id = stage1.bert.config.pad_token_id
-    train, dev = (data.Dataset(s, tokenizer, args.max_tokens, pad_id) for s in data.load_task(args.task, args.data))
+    max_tokens = min(args.max_tokens, stage1.bert.config.max_position_embeddings)
+    train, dev = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}
     print(f"device     {device}, {precision} ({reason})")
     print(f"model      {name}, {sum(p.numel() for p in stage1.parameters()) / 1e6:.1f} M parameters")
@@ -97,7 +119,7 @@ def run(args):
     print("versions   " + ", ".join(f"{key} {value}" for key, value in versions.items()))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    header = {"task": args.task, "model": name, "max_tokens": args.max_tokens}
+    header = {"task": args.task, "model": name, "max_tokens": max_tokens}
     header |= {"config": asdict(stage1.bert.config), "tokenizer": tokenizer.to_str()}
     seconds = {}
     with open(args.out / "log.jsonl", "w") as log:
@@ -350,9 +372,13 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
 def write_whole(path, write):
     """Call `write(file)` on a file beside `path` and rename it: `path` is never half written."""
     part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def save(path, content):
@@ -402,12 +428,13 @@ def fill(model, saved):
 @torch.no_grad()
 def explain(args):
     """Print, for each block of a finished run, y_n, h_n, p_n, a_n and both sides of the rules, and where each stops."""
+    names = data.find_task(args.task).labels
     saved = load_saved(args.out / "dact.pt", args.task)
-    names = data.TASKS[args.task].labels
     model = dact_bert(saved, len(names)).eval()
-    if len(args.explain) > 2:
-        raise InputError(f"--explain takes one sentence or a pair, got {len(args.explain)}; quote each sentence")
-    text = args.explain[0] if len(args.explain) == 1 else tuple(args.explain)
+    wanted = 2 if data.TASKS[args.task].columns else 1
+    if len(args.explain) != wanted:
+        raise InputError(f"--explain of {args.task} takes {wanted} text(s), found {len(args.explain)}; quote each sentence")
+    text = args.explain[0] if wanted == 1 else tuple(args.explain)
     tokenizer = Tokenizer.from_str(saved["tokenizer"])
     examples = data.Examples([text], [0])
     dataset = data.Dataset(examples, tokenizer, saved["max_tokens"], model.backbone.config.pad_token_id)

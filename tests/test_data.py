@@ -326,16 +326,18 @@ def test_metrics_by_hand():
 
 
 def pleases(text):
-    """The toy task's label worked out from its words: what stands after "but" decides, "not" turns it."""
-    words = text.split(" but ")[-1].split()
+    """The toy task's label, worked out from the words alone."""
+    body, _, ending = text.partition(" , ")
+    clauses = body.split(" but ")
+    words = clauses[0 if "former" in ending else -1].split()
     return (words[-1] in data.GOOD) != ("not" in words)
 
 
 def test_toy_labels_and_levels():
     examples = data.toy_examples(900, seed=5)
     assert [bool(label) for label in examples.labels] == [pleases(text) for text in examples.texts]
-    assert all(("but" in text) == (level == 3) for text, level in zip(examples.texts, examples.levels))
-    assert all("not" in text for text, level in zip(examples.texts, examples.levels) if level == 2)
+    for text, level in zip(examples.texts, examples.levels):
+        assert ("but" in text) == (level > 1) and (text.endswith(" counts")) == (level == 3)
     assert [examples.levels.count(level) for level in (1, 2, 3)] == [300, 300, 300]
     assert 0.4 < np.mean(examples.labels) < 0.6
     assert set(" ".join(examples.texts).split()) <= set(data.TOY_WORDS)

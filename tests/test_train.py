@@ -1,0 +1,223 @@
+"""train.py end to end on small things: what a run leaves, what it says, and what it refuses."""
+
+import json
+import random
+
+import pytest
+import torch
+from fakes import google_arrays, write_google
+
+import dact
+import data
+import train
+from data import InputError
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """A short run on the toy task: the folder."""
+    folder = tmp_path_factory.mktemp("toy")
+    assert train.main(["--epochs", "1", "--out", str(folder)]) == 0
+    return folder
+
+
+def write_rte(folder, examples=40):
+    """A small RTE in GLUE's own format: entailment where both sentences are the same."""
+    rng = random.Random(0)
+    (folder / "RTE").mkdir(parents=True)
+    for split in ("train", "dev"):
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        for i in range(examples):
+            first = " ".join(rng.choices("abcdefghij", k=rng.randint(2, 9)))
+            same = rng.random() < 0.5
+            second = first if same else " ".join(rng.choices("abcdefghij", k=4))
+            lines.append(f"{i}\t{first}\t{second}\t{'entailment' if same else 'not_entailment'}")
+        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def fails(capsys, *argv):
+    """Run train.py on something bad: exit status 2 and one line, which is returned."""
+    assert train.main([str(word) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves and says
+
+
+def test_a_run_leaves_its_four_files(toy_run):
+    assert sorted(file.name for file in toy_run.iterdir()) == ["dact.pt", "log.jsonl", "metrics.json", "stage1.pt"]
+    metrics = json.loads((toy_run / "metrics.json").read_text())
+    wanted = {"task", "model", "seed", "tau", "rule", "full", "dact", "seconds", "versions"}
+    assert wanted <= metrics.keys()
+    assert metrics["task"] == "toy" and metrics["tau"] == 5e-3 and metrics["rule"] == "paper"
+    assert {"accuracy", "saved", "mean_blocks", "exit_histogram"} <= metrics["dact"].keys()
+    histogram = metrics["dact"]["exit_histogram"]
+    assert len(histogram) == 6 and sum(histogram) == 600
+    mean = sum((n + 1) * count for n, count in enumerate(histogram)) / 600
+    assert metrics["dact"]["mean_blocks"] == pytest.approx(mean)
+    assert metrics["dact"]["saved"] == pytest.approx(100 * (1 - mean / 6))
+    assert {"stage1", "stage2", "dev_full", "dev_early_exit"} == metrics["seconds"].keys()
+    lines = [json.loads(line) for line in (toy_run / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"stage 1", "stage 2"}
+    assert all(torch.tensor(line["loss"]).isfinite() for line in lines)
+
+
+def test_early_exit_answered_as_all_blocks(toy_run):
+    rules = json.loads((toy_run / "metrics.json").read_text())["rules"]
+    assert rules.keys() == dact.RULES.keys()
+    assert all(rule["same_as_all_blocks"] == 600 for rule in rules.values())
+    assert rules["exact"]["mean_blocks"] <= rules["paper"]["mean_blocks"]
+
+
+def test_stage_2_from_a_file_is_stage_2_of_the_run(toy_run, tmp_path):
+    argv = ["--epochs", "1", "--out", str(tmp_path), "--stage1", str(toy_run / "stage1.pt")]
+    assert train.main(argv) == 0
+    first, second = (torch.load(folder / "dact.pt")["state"] for folder in (toy_run, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not (tmp_path / "stage1.pt").exists()
+
+
+def test_explain_shows_the_equations(toy_run, capsys):
+    sentence = "the tea was not lovely but the staff was kind"
+    assert train.main(["--out", str(toy_run), "--explain", sentence]) == 0
+    out = capsys.readouterr().out
+    assert sentence in out and "negative, positive" in out
+    rows = [line.split() for line in out.splitlines() if line[:3].strip().isdigit()]
+    assert len(rows) == 6
+    p = 1.0
+    for row in rows:  # n, y_n (2 numbers), h_n, p_n, a_n (2 numbers), left, sign, right, ...
+        p *= float(row[3])
+        assert float(row[4]) == pytest.approx(p, abs=2e-3)  # (2), from the printed numbers
+        assert (float(row[7]) >= float(row[9])) == (row[8] == ">=")
+    assert out.count("stops after block") == 2
+
+
+def test_glue_task_with_a_pretrained_model(tmp_path, capsys):
+    model, folder = write_google(tmp_path / "model", google_arrays()), write_rte(tmp_path / "glue")
+    argv = ["--task", "rte", "--model", model, "--data", folder, "--epochs", "1", "--batch", "8", "--out", tmp_path / "out"]
+    assert train.main([str(word) for word in argv]) == 0
+    out = capsys.readouterr().out
+    assert "majority class" in out and "40 training and 40 dev examples" in out
+    assert train.main(["--task", "rte", "--out", str(tmp_path / "out"), "--explain", "a b c", "a b c"]) == 0
+    assert "[CLS] a b c [SEP] a b c [SEP]" in capsys.readouterr().out
+
+
+def test_interruption_keeps_stage_1(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dact, "dact_loss", interrupt)
+    assert train.main(["--epochs", "0.05", "--out", str(tmp_path)]) == 130
+    assert (tmp_path / "stage1.pt").exists() and not (tmp_path / "dact.pt").exists()
+    assert f"--stage1 {tmp_path / 'stage1.pt'}" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError):
+        train.write_whole(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_infinite_loss_ends_the_run(tmp_path, capsys):
+    assert "loss is nan" in fails(capsys, "--epochs", "0.5", "--lr", "1e30", "--out", tmp_path)
+
+
+def test_decay_on_matrices_only_and_halting_neurons_apart():
+    args = train.parse_arguments(["--lr", "5e-5"])
+    config = train.TOY_CONFIG
+    model = dact.DactBert(train.bert.Bert(config), train.bert.Classifier(config, 2))
+    groups = train.parameter_groups(model, args)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        assert all((weight.ndim > 1) == (group["weight_decay"] > 0) for weight in group["params"])
+    halts = {weight for halt in model.halts for weight in halt.parameters()}
+    assert {group["lr"] for group in groups if halts & set(group["params"])} == {args.halt_lr}
+    assert {group["lr"] for group in groups if not halts & set(group["params"])} == {args.lr}
+
+
+def test_precision_is_chosen_by_the_hardware():
+    cpu = torch.device("cpu")
+    assert train.pick_precision(cpu, "bfloat16") == ("bfloat16", "asked for")
+    precision, reason = train.pick_precision(cpu, None)
+    assert (precision == "bfloat16") == ("bf16" in reason)
+
+
+def test_bfloat16_run(tmp_path):
+    assert train.main(["--epochs", "0.1", "--precision", "bfloat16", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["precision"] == "bfloat16"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_unknown_task_and_model(tmp_path, capsys):
+    assert "unknown task 'cola'" in fails(capsys, "--task", "cola", "--out", tmp_path)
+    assert "unknown model 'bort'" in fails(capsys, "--task", "rte", "--model", "bort", "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag, value", [("--epochs", "0"), ("--batch", "-1"), ("--lr", "fast"), ("--rule", "5")])
+def test_bad_numbers(flag, value, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main([flag, value])
+    assert caught.value.code == 2 and flag in capsys.readouterr().err
+
+
+def test_bad_files_reach_the_user_as_one_line(tmp_path, capsys):
+    model, folder = write_google(tmp_path / "model", google_arrays()), write_rte(tmp_path / "glue")
+    (model / "bert_model.ckpt.data-00000-of-00001").unlink()
+    argv = ["--task", "rte", "--model", model, "--data", folder, "--out", tmp_path / "out"]
+    assert "data-00000-of-00001 is missing" in fails(capsys, *argv)
+    write_google(tmp_path / "model", google_arrays())
+    (folder / "RTE" / "dev.tsv").write_text("")
+    assert "RTE/dev.tsv: the file is empty" in fails(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
+    assert "dact.pt: no such file" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    (tmp_path / "dact.pt").write_bytes(b"not a checkpoint")
+    assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "dact.pt")
+    assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    assert "a run on 'toy', not on 'rte'" in fails(capsys, "--task", "rte", "--out", toy_run, "--explain", "x", "y")
+    assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
+    assert "do not fit" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
+    assert "no such file" in fails(capsys, "--stage1", tmp_path / "stage1.pt", "--out", tmp_path / "new")
+
+
+def test_nothing_that_is_loaded_can_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+
+    torch.save({"task": "toy", "evil": Evil()}, tmp_path / "stage1.pt")
+    with pytest.raises(InputError, match="not a file of a run"):
+        train.load_saved(tmp_path / "stage1.pt", "toy")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_an_output_folder_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(capsys, "--epochs", "0.01", "--out", tmp_path / "file" / "run")
+
+
+def test_majority_row_and_f1(capsys):
+    """The majority class of MRPC's dev set scores F1 81.2 and accuracy 68.4 by itself."""
+    labels = torch.tensor([1] * 279 + [0] * 129)
+    answers = train.Answers(torch.ones_like(labels), torch.ones_like(labels), 0.0)
+    dev = type("Dev", (), {"labels": labels})
+    assert train.scores(answers, dev, "mrpc") == {"F1": pytest.approx(81.2, abs=0.05), "accuracy": pytest.approx(68.4, abs=0.05)}
+    assert train.blocks_used(answers, 12)["saved"] == pytest.approx(100 * 11 / 12)
+    assert data.TASKS["mrpc"].metrics[0] == "F1"
