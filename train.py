@@ -69,9 +69,9 @@ def parse_arguments(argv):
     add("--epochs", type=positive(float), help="passes over the training set in each stage (default: 3, DeeBERT's; toy: 12)")
     add("--batch", type=positive(int), help="sequences in a batch (default: 32, our choice; toy: 64)")
     add("--max-tokens", type=positive(int), default=128, help="longer inputs are cut (default: 128 tokens, DeeBERT's)")
-    add("--lr", type=positive(float), help="peak learning rate but for the halting neurons (default: 5e-5, ours; toy: 1e-3)")
-    add("--halt-lr", type=positive(float), default=1e-3, help="peak learning rate of halting neurons (default: 1e-3, ours)")
-    add("--halt-bias", type=float, default=0.0, help="initial bias of the halting neurons (default: 0, so h = 0.5; ours)")
+    add("--lr", type=positive(float), help="peak learning rate but for the DACT heads (default: 5e-5, ours; toy: 1e-3)")
+    add("--head-lr", type=positive(float), default=1e-3, help="peak learning rate of the DACT heads (default: 1e-3, ours)")
+    add("--halt-bias", type=float, default=4.0, help="halting biases start from this to minus this (default: 4, ours)")
     add("--tau", type=float, default=5e-3, help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")
     add("--rule", choices=dact.RULES, default="paper", help="halting rule of the tables: (4), the default, or our exact one")
     add("--seed", type=int, default=0, help="of new weights, dropout and shuffling (default: 0)")
@@ -199,10 +199,10 @@ def stage2_loss(tau):
 
 
 def parameter_groups(model, args):
-    """For AdamW: decay on matrices only, and the halting neurons' own learning rate."""
+    """For AdamW: decay on matrices only, and a learning rate of their own for the DACT heads."""
     groups = {}
     for name, parameter in model.named_parameters():
-        lr = args.halt_lr if name.startswith("halts.") else args.lr
+        lr = args.head_lr if name.startswith(("classifiers.", "halts.")) else args.lr
         groups.setdefault((lr, 0.01 if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 
@@ -356,7 +356,7 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     for rule in dact.RULES:
         rules[rule]["same_as_all_blocks"] = (results[rule].labels == results["all blocks"].labels).sum().item()
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
-    settings = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "halt_lr", "halt_bias")}
+    settings = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "head_lr", "halt_bias")}
     content = {
         "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **settings,
         "precision": precision, "full": scores(results["stage 1"], dev, args.task), "dact": rules[args.rule],

@@ -132,17 +132,16 @@ def test_an_infinite_loss_ends_the_run(tmp_path, capsys):
     assert "loss is nan" in fails(capsys, "--epochs", "0.5", "--lr", "1e30", "--out", tmp_path)
 
 
-def test_decay_on_matrices_only_and_halting_neurons_apart():
+def test_decay_on_matrices_only_and_heads_apart():
     args = train.parse_arguments(["--lr", "5e-5"])
     config = train.TOY_CONFIG
     model = dact.DactBert(train.bert.Bert(config), train.bert.Classifier(config, 2))
     groups = train.parameter_groups(model, args)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    backbone = set(model.backbone.parameters())
     for group in groups:
         assert all((weight.ndim > 1) == (group["weight_decay"] > 0) for weight in group["params"])
-    halts = {weight for halt in model.halts for weight in halt.parameters()}
-    assert {group["lr"] for group in groups if halts & set(group["params"])} == {args.halt_lr}
-    assert {group["lr"] for group in groups if not halts & set(group["params"])} == {args.lr}
+        assert all(group["lr"] == (5e-5 if weight in backbone else 1e-3) for weight in group["params"])
 
 
 def test_precision_is_chosen_by_the_hardware():
