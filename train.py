@@ -34,7 +34,7 @@ TOY_CONFIG = bert.BertConfig(
     vocab_size=4 + len(data.TOY_WORDS),
     hidden_size=64,
     num_hidden_layers=6,
-    num_attention_heads=2,  # few heads, so that one block cannot gather all that a sentence of level 3 turns on
+    num_attention_heads=1,  # with one head a block cannot gather all that a sentence of level 3 turns on
     intermediate_size=128,
     max_position_embeddings=32,
 )
