@@ -197,7 +197,9 @@ def wordpiece_tokenizer(vocab, source="vocab.txt"):
     ids = {token: i for i, token in enumerate(vocab)}
     for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
         if token not in ids:
-            raise InputError(f"{source}: no {token} among its {len(vocab)} tokens; give the file that came with the weights")
+            raise InputError(
+                f"{source}: no {token} among its {len(vocab)} tokens; give the file that came with the weights"
+            )
     lowercase = all(token == token.lower() for token in vocab if not re.fullmatch(r"\[.+\]", token))
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
     tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in ids])
@@ -244,7 +246,7 @@ def find_model(name):
 def load_pretrained(name, num_classes):
     """A pretrained model with a fresh classification layer, and its tokenizer: (BertClassifier, Tokenizer).
 
-    name: as for `find_model`. The pooler comes from the checkpoint; where it has none, it is started fresh, and said so.
+    name: as for `find_model`. The pooler comes from the checkpoint; where it has none it is started fresh, and said so.
     Raises InputError for anything else that is missing, left over, misshapen or unreadable.
     """
     path = find_model(name)
@@ -329,7 +331,7 @@ def our_name(name):
 
 
 def list_files(path):
-    """Names of the files in a folder, or anywhere in a zip (Google's zips are nested or flat), without their folders."""
+    """Names, without folders, of the files in a folder or anywhere in a zip (Google's are nested or flat)."""
     if path.is_dir():
         return {entry.name for entry in path.iterdir() if entry.is_file()}
     with zipfile.ZipFile(path) as zipped:
@@ -409,7 +411,9 @@ def read_google(path, files):
         if shard not in shards:
             shards[shard] = read_file(path, shard)
         if entry.dtype != 1 or entry.size != 4 * prod(entry.shape):
-            raise InputError(f"{path}: {name} is not float32 (type {entry.dtype}, {entry.size} bytes); give Google's file")
+            raise InputError(
+                f"{path}: {name} is not float32 (type {entry.dtype}, {entry.size} bytes); give Google's file"
+            )
         if entry.offset + entry.size > len(shards[shard]):
             raise InputError(
                 f"{path}: {shard} ends after {len(shards[shard])} bytes, inside or before {name}; "
@@ -428,8 +432,8 @@ def read_google(path, files):
 def read_index(content, source):
     """Parse a checkpoint's `.index` file: ({tensor name: Entry}, number of shards). Raises InputError.
 
-    A LevelDB table: blocks of (key, value) pairs sorted by key, then an index block of the blocks' places, then a footer
-    of 48 bytes with the index block's place and a magic number. Every block carries a checksum.
+    A LevelDB table: blocks of (key, value) pairs sorted by key, then an index block of the blocks' places, then a
+    footer of 48 bytes with the index block's place and a magic number. Every block carries a checksum.
     """
     try:
         if content[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
@@ -457,7 +461,7 @@ def read_index(content, source):
         if not num_shards:
             raise ValueError("it has no header")
     except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(f"{source} is not a TensorFlow checkpoint index ({error}); copy or download it again") from None
+        raise InputError(f"{source} is no TensorFlow checkpoint index ({error}); copy or download it again") from None
     return entries, num_shards
 
 

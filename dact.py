@@ -1,9 +1,9 @@
 """DACT-BERT, equations (1) to (4): a network of blocks that learns when to stop.
 
-After block n a small head reads the block's [CLS] vector and says two things: "my answer is y_n", a distribution over the
-classes, and "I want to go on with probability h_n". The answers are folded into one running answer a_n (1), each with the
-weight that is left to it (2). Training lets all N blocks speak and asks for a right a_N at a low price (3). Inference
-stops after the first block at which no later block can change the winner (4).
+After block n a small head reads the block's [CLS] vector and says two things: "my answer is y_n", a distribution over
+the classes, and "I want to go on with probability h_n". The answers are folded into one running answer a_n (1), each
+with the weight that is left to it (2). Training lets all N blocks speak and asks for a right a_N at a low price (3).
+Inference stops after the first block at which no later block can change the winner (4).
 
 This file imports torch alone and never BERT: any backbone will do that has an embedding step `embed(*inputs)`, a list
 `blocks` of modules called as `block(hidden, mask)`, and a `hidden_size`.
@@ -32,10 +32,10 @@ from torch import nn
 def accumulate(y_n, h_n, a, p):
     """Fold block n's answer into the running answer: equations (1) and (2).
 
-        paper      here  shape   meaning
-        y_n, h_n   same  (B, C), (B,)  what block n says
-        a_{n-1}    a     (B, C)  the answer so far;          comes back as a_n
-        p_{n-1}    p     (B,)    the weight left to block n; comes back as p_n
+    paper     here       shape         meaning
+    y_n, h_n  y_n, h_n   (B, C), (B,)  what block n says
+    a_{n-1}   a          (B, C)        the answer so far; comes back as a_n
+    p_{n-1}   p          (B,)          the weight left to block n; comes back as p_n
 
     >>> y_1, y_2 = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.4, 0.6]])
     >>> a, p = accumulate(y_1, torch.tensor([0.5]), *start(y_1))   # a_1 = y_1, p_1 = 0.5
@@ -71,10 +71,10 @@ def accumulate_all(y, h):
 def dact_loss(a_N, h, label, tau):
     """The loss of stage 2, equation (3), in its two terms, each a mean over the batch: (answer, price) in nats.
 
-        paper              here    shape   meaning
-        L(x, y)            a_N, label  (B, C), (B,)  negative log of the probability that a_N gives to the label
-        h_1 .. h_N         h       (N, B)  halting values of all blocks
-        tau                tau     float   5e-3 in the paper
+    paper       here        shape         meaning
+    L(x, y)     a_N, label  (B, C), (B,)  negative log of the probability that a_N gives to the label
+    h_1 .. h_N  h           (N, B)        halting values of all blocks
+    τ           tau         float         5e-3 in the paper
     """
     # a_N is a distribution already. Cross-entropy on it would take a second softmax, and the loss could never reach 0.
     of_label = a_N.gather(1, label[:, None]).squeeze(1)  # Pr(label) in a_N                               (B,)
@@ -91,10 +91,10 @@ def dact_loss(a_N, h, label, tau):
 def paper_rule(a, p, d):
     """Both sides of equation (4), (left, right), each (B,): halt after block n iff left >= right.
 
-        paper         here             shape   meaning
-        Pr(c*, n)     top              (B,)    probability of the winner in a_n
-        Pr(c_ru, n)   runner_up        (B,)    probability of the second in a_n
-        p_n, d        p, d             (B,), int   weight left; blocks left
+    paper        here       shape      meaning
+    Pr(c*, n)    top        (B,)       probability of the winner in a_n
+    Pr(c_ru, n)  runner_up  (B,)       probability of the second in a_n
+    p_n, d       p, d       (B,), int  weight left to later blocks; how many they are
 
     Why it is safe. Each of the d later blocks replaces at most a share p_n of the answer (p never rises). At worst all
     of it is taken from the winner, each time: what stays is at least Pr(c*) (1 - p_n)^d, a power. At best for the
@@ -117,7 +117,7 @@ def exact_rule(a, p, d):
     Exact: with h = 1 and y = all on the runner-up in every later block, each step above is an equality, so if the right
     side is below 1 there is a future in which the winner falls.
 
-    It never stops later than (4). Write c, r for the two probabilities and q = (1 - p)^d, with q >= 1 - p d (Bernoulli).
+    It never stops later than (4). Write c, r for the two probabilities, q = (1 - p)^d; then q >= 1 - p d (Bernoulli).
     If (4) holds, c q >= r + p d, then (1 + c - r) q = q + c q - r q >= q + p d + r (1 - q) >= 1.
     """
     # DIFFERS: (4) bounds winner and runner-up apart, as if one block could give its mass to both. Their difference is
@@ -152,16 +152,16 @@ class DactBert(nn.Module):
     def __init__(self, backbone, classifier, halt_bias=4.0):
         super().__init__()
         self.backbone = backbone
-        # CHOICE: the paper says "linear layers". As in DeeBERT's off-ramps, on whose code it was built, an answer head is
-        # pooler and linear layer; all start from those of stage 1, the only ones that know the task.
+        # CHOICE: the paper says "linear layers". As in DeeBERT's off-ramps, on whose code it was built, an answer head
+        # is pooler and linear layer; all start from those of stage 1, the only ones that know the task.
         self.classifiers = nn.ModuleList(copy.deepcopy(classifier) for _ in backbone.blocks)
         # PAPER: "a perceptron ... followed by a sigmoid" (section 3.1): one neuron a block.
         self.halts = nn.ModuleList(nn.Linear(backbone.hidden_size, 1) for _ in backbone.blocks)
         N = len(self.halts)
         for n, halt in enumerate(self.halts, start=1):
-            # CHOICE: zero weights and a bias that falls with n, so that training starts from "go on early, stop late" for
-            # every input. With one bias for all, the weights that the answers have in a_N fall geometrically: at h = 0.5
-            # blocks 1-3 hold 77 % of it, know nothing yet, and the answer can lock at the majority class.
+            # CHOICE: zero weights and a bias that falls with n: training starts from "go on early, stop late" for every
+            # input. With one bias for all, p_n falls geometrically from the start: at h = 0.5 blocks 1-3 hold 77 % of
+            # a_N, know nothing of the task yet, and the answer can lock at the majority class.
             nn.init.zeros_(halt.weight)
             nn.init.constant_(halt.bias, halt_bias * (1 - 2 * n / N))  # h_n = 0.5 half-way
 

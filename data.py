@@ -7,7 +7,6 @@ Shapes: B sequences in a batch, T tokens in the longest of them.
 """
 
 import hashlib
-import io
 import os
 import random
 import sys

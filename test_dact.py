@@ -2,8 +2,8 @@
 
     pytest test_dact.py
 
-Mathematics is tested in float64. A property (halting never changes the answer) does not pin a formula, and a worked number
-does not prove a property, so each equation has both.
+Mathematics is tested in float64. A property (halting never changes the answer) does not pin a formula, and a worked
+number does not prove a property, so each equation has both.
 """
 
 import doctest
@@ -161,9 +161,10 @@ def worst_leads(rule, trials=2500, N=12):
                 winner = a_n.argmax(1)
                 for other in range(C):
                     rival = torch.full_like(winner, other)
+                    y_n, h_n = nn.functional.one_hot(rival, C).double(), torch.ones_like(p_n)
                     a_N, p_N = a_n, p_n
                     for _ in range(N - n):
-                        a_N, p_N = dact.accumulate(nn.functional.one_hot(rival, C).double(), torch.ones_like(p_N), a_N, p_N)
+                        a_N, p_N = dact.accumulate(y_n, h_n, a_N, p_N)
                     lead = (a_N.gather(1, winner[:, None]) - a_N.gather(1, rival[:, None])).squeeze(1)
                     leads.append(lead[winner != rival])
     return torch.cat(leads)
@@ -215,7 +216,7 @@ def test_exact_rule_never_stops_later_than_the_papers():
     a, p = random_said(1, 100_000, 4)[0][0], torch.rand(100_000) ** 3
     earlier = 0
     for d in range(12):
-        paper, exact = ((left >= right) for left, right in (rule(a, p, d) for rule in (dact.paper_rule, dact.exact_rule)))
+        paper, exact = (torch.ge(*rule(a, p, d)) for rule in (dact.paper_rule, dact.exact_rule))
         assert (exact | ~paper).all()
         earlier += (exact & ~paper).sum().item()
     assert earlier > 1000  # and often earlier
@@ -226,11 +227,11 @@ def test_exact_rule_never_stops_later_than_the_papers():
 
 
 class Mixer(nn.Module):
-    """A block: every token sees the mean of the real tokens. Counts the rows and columns that it is asked to compute."""
+    """A block: every token sees the mean of the real tokens. Counts the rows that it is asked to compute."""
 
     def __init__(self, size):
         super().__init__()
-        self.linear, self.rows, self.shapes = nn.Linear(2 * size, size), 0, []
+        self.linear, self.rows = nn.Linear(2 * size, size), 0
 
     def forward(self, hidden, mask):
         assert hidden.shape[:2] == mask.shape

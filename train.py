@@ -54,7 +54,8 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         kept = args.out / "stage1.pt"
-        print(f"interrupted; to go on after stage 1, add --stage1 {kept}" if kept.exists() else "interrupted", file=sys.stderr)
+        advice = f"; to go on after stage 1, add --stage1 {kept}" if kept.exists() else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         return 130
     return 0
 
@@ -64,20 +65,20 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
     add("--model", help="a name such as bert-base-uncased (the default) or bert-small, or a folder or zip of weights")
-    add("--data", help="folder of the GLUE files; what is not there is downloaded to it (default: ~/.cache/dact-bert/glue)")
+    add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
     add("--out", help="folder that the run leaves (default: runs/TASK)")
-    add("--epochs", type=positive(float), help="passes over the training set in each stage (default: 3, DeeBERT's; toy: 12)")
+    add("--epochs", type=positive(float), help="training set passes in each stage (default: 3, DeeBERT's; toy: 12)")
     add("--batch", type=positive(int), help="sequences in a batch (default: 32, our choice; toy: 64)")
     add("--max-tokens", type=positive(int), default=128, help="longer inputs are cut (default: 128 tokens, DeeBERT's)")
-    add("--lr", type=positive(float), help="peak learning rate but for the DACT heads (default: 5e-5, ours; toy: 1e-3)")
-    add("--head-lr", type=positive(float), default=1e-3, help="peak learning rate of the DACT heads (default: 1e-3, ours)")
+    add("--lr", type=positive(float), help="peak learning rate but for DACT heads (default: 5e-5, ours; toy: 1e-3)")
+    add("--head-lr", type=positive(float), default=1e-3, help="peak rate of the DACT heads (default: 1e-3, our choice)")
     add("--halt-bias", type=float, default=4.0, help="halting biases start from this to minus this (default: 4, ours)")
-    add("--tau", type=float, default=5e-3, help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")
-    add("--rule", choices=dact.RULES, default="paper", help="halting rule of the tables: (4), the default, or our exact one")
+    add("--tau", type=float, default=5e-3, help="price of a block in (3), in nats (default: 5e-3, the paper's)")
+    add("--rule", choices=dact.RULES, default="paper", help="halting rule of the tables: (4), or our exact one")
     add("--seed", type=int, default=0, help="of new weights, dropout and shuffling (default: 0)")
-    add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 where the hardware has it, else float32")
+    add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
-    add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence (or pair), in the run --out")
+    add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence or pair (run: --out)")
     args = parser.parse_args(argv)
     for name, (glue, toy) in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -417,7 +418,8 @@ def fill(model, saved):
     try:
         model.load_state_dict(saved["state"])
     except RuntimeError as error:
-        raise InputError(f"the saved weights do not fit: {str(error).splitlines()[-1].strip()}; name another file") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"the saved weights do not fit: {reason}; name another file") from None
     return model
 
 
@@ -433,7 +435,7 @@ def explain(args):
     model = dact_bert(saved, len(names)).eval()
     wanted = 2 if data.TASKS[args.task].columns else 1
     if len(args.explain) != wanted:
-        raise InputError(f"--explain of {args.task} takes {wanted} text(s), found {len(args.explain)}; quote each sentence")
+        raise InputError(f"--explain takes {wanted} text(s) of {args.task}, found {len(args.explain)}; quote each one")
     text = args.explain[0] if wanted == 1 else tuple(args.explain)
     tokenizer = Tokenizer.from_str(saved["tokenizer"])
     examples = data.Examples([text], [0])
@@ -443,7 +445,6 @@ def explain(args):
     N, stops = len(y), {}
     print("tokens: " + " ".join(tokenizer.encode(*([text] if isinstance(text, str) else text)).tokens))
     print(f"probabilities in the order: {', '.join(names)}\n")
-    show = lambda v: " ".join(f"{x:.3f}" for x in v.tolist())  # noqa: E731
     width = 6 * len(names) + 1
     print(f"  n  {'y_n':<{width}} h_n    p_n    {'a_n':<{width}} (4) left >= right   exact left >= 1")
     for n in range(1, N + 1):
@@ -453,12 +454,16 @@ def explain(args):
                 stops.setdefault(name, n)
         (left, right), (exact, _) = sides["paper"], sides["exact"]
         print(
-            f"{n:>3}  {show(y[n - 1, 0]):<{width}} {h[n - 1].item():.3f}  {p[n - 1].item():.3f}  "
-            f"{show(a[n - 1, 0]):<{width}} {left:.3f} {'>=' if left >= right else '< '} {right:.3f}     "
+            f"{n:>3}  {decimals(y[n - 1, 0]):<{width}} {h[n - 1].item():.3f}  {p[n - 1].item():.3f}  "
+            f"{decimals(a[n - 1, 0]):<{width}} {left:.3f} {'>=' if left >= right else '< '} {right:.3f}     "
             f"{exact:.3f} {'>=' if exact >= 1 else '< '} 1"
         )
     for name, n in stops.items():
         print(f"rule {name!r}: stops after block {n} of {N} with {names[a[n - 1].argmax().item()]!r}")
+
+
+def decimals(vector):
+    return " ".join(f"{x:.3f}" for x in vector.tolist())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bert.py against `transformers` on the same weights, and its loaders against everything that can be wrong with a file."""
+"""bert.py against `transformers` on the same weights, and its loaders against all that can be wrong with a file."""
 
 import json
 import os
@@ -260,7 +260,8 @@ def test_a_genuine_checkpoint_without_its_data_file():
 def test_missing_left_over_and_misshapen_tensors(tmp_path):
     arrays = google_arrays()
     key = "bert/encoder/layer_1/attention/self/key/kernel"
-    refuse(write_google(tmp_path / "a", {k: v for k, v in arrays.items() if k != key}), "missing", "blocks.1.attention.key")
+    without = {name: array for name, array in arrays.items() if name != key}
+    refuse(write_google(tmp_path / "a", without), "missing", "blocks.1.attention.key")
     refuse(write_google(tmp_path / "b", arrays | {"bert/extra": np.zeros(3, np.float32)}), "no place", "extra")
     refuse(write_google(tmp_path / "c", arrays | {key: np.zeros((8, 7), np.float32)}), "(7, 8)", "(8, 8)")
 

@@ -98,7 +98,7 @@ def test_explain_shows_the_equations(toy_run, capsys):
 
 def test_glue_task_with_a_pretrained_model(tmp_path, capsys):
     model, folder = write_google(tmp_path / "model", google_arrays()), write_rte(tmp_path / "glue")
-    argv = ["--task", "rte", "--model", model, "--data", folder, "--epochs", "1", "--batch", "8", "--out", tmp_path / "out"]
+    argv = ["--task", "rte", "--model", model, "--data", folder, "--out", tmp_path / "out", "--epochs", "1"]
     assert train.main([str(word) for word in argv]) == 0
     out = capsys.readouterr().out
     assert "majority class" in out and "40 training and 40 dev examples" in out
@@ -217,6 +217,7 @@ def test_majority_row_and_f1(capsys):
     labels = torch.tensor([1] * 279 + [0] * 129)
     answers = train.Answers(torch.ones_like(labels), torch.ones_like(labels), 0.0)
     dev = type("Dev", (), {"labels": labels})
-    assert train.scores(answers, dev, "mrpc") == {"F1": pytest.approx(81.2, abs=0.05), "accuracy": pytest.approx(68.4, abs=0.05)}
+    scores = train.scores(answers, dev, "mrpc")
+    assert scores == {"F1": pytest.approx(81.2, abs=0.05), "accuracy": pytest.approx(68.4, abs=0.05)}
     assert train.blocks_used(answers, 12)["saved"] == pytest.approx(100 * 11 / 12)
     assert data.TASKS["mrpc"].metrics[0] == "F1"
