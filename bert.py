@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 from torch import nn
 
-from data import InputError, cache_dir, download
+from data import ZIP_ERRORS, InputError, cache_dir, download
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ class BertConfig:
         for f in fields(cls):
             value = values.get(f.name, f.default)
             right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
-            if not right or (f.type is int and value < (f.name != "pad_token_id")):
+            if right and f.type is int:
+                right = (f.name != "pad_token_id") <= value < 2**31
+            if right and f.type is float:
+                right = 0 <= value < 1
+            if not right:
                 raise InputError(f"{source}: {f.name} is {value!r}; give the config that came with the weights")
         config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         if config.hidden_size % config.num_attention_heads:
@@ -223,10 +227,11 @@ GOOGLE_MODELS = {
     "bert-small": "2020_02_20/uncased_L-4_H-512_A-8",
     "bert-medium": "2020_02_20/uncased_L-8_H-512_A-8",
 }
-for layers in (2, 4, 6, 8, 10, 12):
-    for size in (128, 256, 512, 768):
-        name = f"uncased_L-{layers}_H-{size}_A-{size // 64}"
-        GOOGLE_MODELS[name] = f"2020_02_20/{name}"
+GOOGLE_MODELS |= {
+    f"uncased_L-{layers}_H-{size}_A-{size // 64}": f"2020_02_20/uncased_L-{layers}_H-{size}_A-{size // 64}"
+    for layers in (2, 4, 6, 8, 10, 12)
+    for size in (128, 256, 512, 768)
+}
 
 
 def find_model(name):
@@ -263,10 +268,17 @@ def load_pretrained(name, num_classes):
             "give the folder that holds the checkpoint"
         )
     tokenizer = read_tokenizer(path, files)
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
+    if highest >= config.vocab_size:
         raise InputError(
-            f"{path}: the tokenizer knows {tokenizer.get_vocab_size()} tokens, the config {config.vocab_size}; "
+            f"{path}: token {highest} of the tokenizer does not fit the config's vocab_size {config.vocab_size}; "
             "give the files that came with the weights"
+        )
+    segments = 1 + max(tokenizer.encode("a", "a").type_ids)
+    if segments > config.type_vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer numbers {segments} segments, the config's type_vocab_size is "
+            f"{config.type_vocab_size}; give the files that came with the weights"
         )
     return build(config, num_classes, tensors, path), tokenizer
 
@@ -274,10 +286,7 @@ def load_pretrained(name, num_classes):
 def build(config, num_classes, tensors, source):
     """A BertClassifier from `tensors` {our name: tensor}, each copied once, straight to its float32 place."""
     with torch.device("meta"):  # no memory and no random start for what the checkpoint overwrites
-        bert = Bert(config)
-    classifier = Classifier(config, num_classes)
-    classifier.apply(init_weights)
-    model = BertClassifier(bert, classifier)
+        model = BertClassifier(Bert(config), Classifier(config, num_classes))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wanted = {key: shape for key, shape in wanted.items() if not key.startswith("classifier.linear")}
     missing = sorted(wanted.keys() - tensors.keys())
@@ -295,7 +304,11 @@ def build(config, num_classes, tensors, source):
                 f"{source}: {key} has shape {tuple(tensor.shape)}, the config asks for {wanted[key]}; "
                 "give the config that came with the weights"
             )
-    state = {key: tensor.to(torch.float32, copy=True).contiguous() for key, tensor in tensors.items()}
+    model.classifier = Classifier(config, num_classes).apply(init_weights)
+    state = {
+        key: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
     model.load_state_dict(state, strict=False, assign=True)
     return model
 
@@ -334,8 +347,11 @@ def list_files(path):
     """Names, without folders, of the files in a folder or anywhere in a zip (Google's are nested or flat)."""
     if path.is_dir():
         return {entry.name for entry in path.iterdir() if entry.is_file()}
-    with zipfile.ZipFile(path) as zipped:
-        return {Path(name).name for name in zipped.namelist() if not name.endswith("/")}
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            return {Path(name).name for name in zipped.namelist() if not name.endswith("/")}
+    except ZIP_ERRORS as error:
+        raise InputError(f"{path}: not a sound zip file ({error}); download it again") from None
 
 
 def read_file(path, name):
@@ -349,35 +365,35 @@ def read_file(path, name):
     try:
         with zipfile.ZipFile(path) as zipped:
             matches = [info for info in zipped.infolist() if Path(info.filename).name == name]
-            if not matches:
-                raise InputError(f"{path}: {name} is missing from the zip; give the whole checkpoint")
-            with zipped.open(matches[0]) as file:
-                content = np.frombuffer(bytearray(file.read()), np.uint8)
-    except (zipfile.BadZipFile, EOFError) as error:
+            content = bytearray(zipped.read(matches[0])) if matches else None
+    except ZIP_ERRORS as error:
         raise InputError(f"{path}: {name} cannot be read from the zip ({error}); download it again") from None
-    return content
+    if not content:
+        raise InputError(f"{path}: {name} is missing from the zip or empty; give the whole checkpoint")
+    return np.frombuffer(content, np.uint8)
 
 
 def read_json(path, name):
+    content = read_file(path, name).tobytes()
     try:
-        return json.loads(read_file(path, name).tobytes())
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {name} is not JSON ({error}); copy or download it again") from None
 
 
 def read_tokenizer(path, files):
     """The tokenizer that belongs to a model: tokenizer.json where there is one, else WordPiece over vocab.txt."""
     if "tokenizer.json" in files:
+        content = read_file(path, "tokenizer.json").tobytes()
         try:
-            return Tokenizer.from_str(read_file(path, "tokenizer.json").tobytes().decode())
+            return Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise InputError(f"{path}: tokenizer.json cannot be read ({error}); copy or download it again") from None
     if "vocab.txt" not in files:
         raise InputError(f"{path}: neither tokenizer.json nor vocab.txt in it; add the file that came with the weights")
+    content = read_file(path, "vocab.txt").tobytes()
     try:
-        vocab = read_file(path, "vocab.txt").tobytes().decode().removesuffix("\n").split("\n")
+        vocab = content.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: vocab.txt is not UTF-8 ({error}); copy or download it again") from None
     return wordpiece_tokenizer([token.removesuffix("\r") for token in vocab], f"{path}: vocab.txt")
@@ -412,7 +428,8 @@ def read_google(path, files):
             shards[shard] = read_file(path, shard)
         if entry.dtype != 1 or entry.size != 4 * prod(entry.shape):
             raise InputError(
-                f"{path}: {name} is not float32 (type {entry.dtype}, {entry.size} bytes); give Google's file"
+                f"{path}: {name} {entry.shape} of type {entry.dtype} in {entry.size} bytes is not float32; "
+                "give Google's file"
             )
         if entry.offset + entry.size > len(shards[shard]):
             raise InputError(
@@ -546,7 +563,11 @@ def read_safetensors(path):
         header = json.loads(content[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
         places = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        for name, (dtype, shape, *offsets) in places.items():
+            whole = all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+            if not isinstance(dtype, str) or len(offsets) != 2 or not whole:
+                raise ValueError(f"a bad entry for {name}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise InputError(f"{source} is not a safetensors file ({error}); copy or download it again") from None
     tensors = {}
     for name, (dtype, shape, start, end) in places.items():
@@ -554,7 +575,7 @@ def read_safetensors(path):
             continue
         if dtype not in SAFETENSORS_TYPES:
             raise InputError(f"{source}: {name} is {dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
-        if not 0 <= start <= end <= len(content) - 8 - length:
+        if not start <= end <= len(content) - 8 - length:
             raise InputError(f"{source} ends after {len(content)} bytes, inside or before {name}; download it again")
         if end - start != prod(shape) * SAFETENSORS_TYPES[dtype].itemsize:
             raise InputError(f"{source}: {name} has shape {shape} in {end - start} bytes; download it again")

@@ -113,7 +113,8 @@ def exact_rule(a, p, d):
         D_{n+1} = D_n (1 - p_n) + p_n (y[winner] - y[other]) >= D_n (1 - p_n) - p_n,
     that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later
         1 + D_N >= (1 + D_n) (1 - p_n)^d.
-    Safe: if the right side is at least 1, D_N >= 0 and the winner stands; a lead over the runner-up is a lead over all.
+    Safe: if the right side is at least 1, D_N >= 0 and no class overtakes the winner; a lead over the runner-up is a
+    lead over all. (D_N = 0 would be a tie; it takes h = 1 in every later block, and a sigmoid stays below.)
     Exact: with h = 1 and y = all on the runner-up in every later block, each step above is an equality, so if the right
     side is below 1 there is a future in which the winner falls.
 
@@ -123,7 +124,7 @@ def exact_rule(a, p, d):
     # DIFFERS: (4) bounds winner and runner-up apart, as if one block could give its mass to both. Their difference is
     # what decides, and its bound is tight.
     top, runner_up = a.topk(2, dim=1).values.unbind(1)
-    return (1 + top - runner_up) * (1 - p) ** d, torch.ones_like(p)
+    return (1 + (top - runner_up)) * (1 - p) ** d, torch.ones_like(p)
 
 
 RULES = {"paper": paper_rule, "exact": exact_rule}
@@ -146,7 +147,7 @@ class DactBert(nn.Module):
 
     backbone: see the top of this file; its weights are used, not copied.
     classifier: a module from [CLS] vectors (B, D) to logits (B, C); each block gets a copy of it as its answer head.
-    halt_bias: how steeply the halting neurons' initial biases fall with depth, from +halt_bias to -halt_bias.
+    halt_bias: how steeply the initial biases of the halting neurons fall with depth, halt_bias (1 - 2 n / N) at block n.
     """
 
     def __init__(self, backbone, classifier, halt_bias=4.0):
@@ -202,15 +203,16 @@ class DactBert(nn.Module):
                 answer = torch.zeros_like(a)
             a, p = accumulate(y_n, h_n, a, p)
             # Every survivor writes its state; those that leave now write no more, so this is where they exit.
-            answer[alive], exit_block[alive] = a, n
+            answer[alive] = a
+            exit_block.index_fill_(0, alive, n)
             if n == N:  # the last block always answers
                 break
             left, right = rule(a, p, N - n)
-            keep = (left < right).cpu().nonzero().squeeze(1)  # the one synchronisation of a block
+            keep = (left < right).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
             if len(keep) == 0:
                 break
             if len(keep) < len(alive):
-                lengths, keep = lengths[keep], keep.to(device)
+                lengths, keep = lengths[keep], keep.to(device, non_blocking=True)
                 longest = int(lengths.max())
                 hidden, mask = hidden[keep, :longest], mask[keep, :longest]
                 a, p, alive = a[keep], p[keep], alive[keep]

@@ -12,6 +12,7 @@ import random
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,10 @@ import torch
 
 class InputError(ValueError):
     """A mistake of the user or of the outside world: one line that says what, what was found, and what to do next."""
+
+
+# What the zipfile module raises for a damaged, encrypted or unknown zip.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +127,10 @@ DOWNLOADS = {  # name in the folder: (URL, sha256)
 
 def cache_dir():
     """The folder for everything that is downloaded: $XDG_CACHE_HOME/dact-bert, by default ~/.cache/dact-bert."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dact-bert"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dact-bert"
+    except RuntimeError:
+        raise InputError("no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from None
 
 
 def find_file(folder, name, archive=None):
@@ -140,7 +148,7 @@ def find_file(folder, name, archive=None):
     try:
         with zipfile.ZipFile(path) as zipped:
             return zipped.read(name)
-    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (KeyError, *ZIP_ERRORS) as error:
         raise InputError(f"{path}: cannot read {name} ({error}); delete it to download it again") from None
 
 
@@ -228,11 +236,15 @@ def check_download(part, sha256, member):
         if found != sha256:
             return f"its sha256 is {found}, expected {sha256}"
     if member:
-        if not zipfile.is_zipfile(part):
-            return "it is not a zip file"
-        with zipfile.ZipFile(part) as zipped:
-            if not any(name == member or name.endswith("/" + member) for name in zipped.namelist()):
-                return f"the zip has no {member}"
+        try:
+            with zipfile.ZipFile(part) as zipped:
+                if not any(name == member or name.endswith("/" + member) for name in zipped.namelist()):
+                    return f"the zip has no {member}"
+                damaged = None if sha256 else zipped.testzip()  # Google publishes no sums, but each member has one
+        except ZIP_ERRORS as error:
+            return f"it is not a sound zip file ({error})"
+        if damaged:
+            return f"{damaged} in the zip is damaged"
     return ""
 
 
@@ -354,7 +366,7 @@ def accuracy(predicted, labels):
 
 
 def f1(predicted, labels):
-    """F1 of class 1, in percent; 0 when neither predictions nor labels hold a true positive."""
+    """F1 of class 1, in percent; 0 without a true positive."""
     true_positive = ((predicted == 1) & (labels == 1)).sum().item()
     positive = (predicted == 1).sum().item() + (labels == 1).sum().item()
     return 200 * true_positive / positive if true_positive else 0.0

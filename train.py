@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +44,9 @@ DEFAULTS = {"epochs": (3, 12), "batch": (32, 64), "lr": (5e-5, 1e-3)}
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = None
     try:
+        args = parse_arguments(argv)
         if args.explain:
             explain(args)
         else:
@@ -52,30 +54,39 @@ def main(argv=None):
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; try a smaller --batch or --max-tokens", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        kept = args.out / "stage1.pt"
-        advice = f"; to go on after stage 1, add --stage1 {kept}" if kept.exists() else ""
+        advice = f"; to go on after stage 1, add --stage1 {args.stage1}" if args and args.stage1 else ""
         print(f"interrupted{advice}", file=sys.stderr)
         return 130
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Fine-tune DACT-BERT in the two stages of the paper.")
-    add = parser.add_argument
+    parser = Parser(description="Fine-tune DACT-BERT in the two stages of the paper.")
+    add, rate = parser.add_argument, number(float, 1e-12, 1e3)
     add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
     add("--model", help="a name such as bert-base-uncased (the default) or bert-small, or a folder or zip of weights")
     add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
     add("--out", help="folder that the run leaves (default: runs/TASK)")
-    add("--epochs", type=positive(float), help="training set passes in each stage (default: 3, DeeBERT's; toy: 12)")
-    add("--batch", type=positive(int), help="sequences in a batch (default: 32, our choice; toy: 64)")
-    add("--max-tokens", type=positive(int), default=128, help="longer inputs are cut (default: 128 tokens, DeeBERT's)")
-    add("--lr", type=positive(float), help="peak learning rate but for DACT heads (default: 5e-5, ours; toy: 1e-3)")
-    add("--head-lr", type=positive(float), default=1e-3, help="peak rate of the DACT heads (default: 1e-3, our choice)")
-    add("--halt-bias", type=float, default=4.0, help="halting biases start from this to minus this (default: 4, ours)")
-    add("--tau", type=float, default=5e-3, help="price of a block in (3), in nats (default: 5e-3, the paper's)")
-    add("--rule", choices=dact.RULES, default="paper", help="halting rule of the tables: (4), or our exact one")
-    add("--seed", type=int, default=0, help="of new weights, dropout and shuffling (default: 0)")
+    add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 12)")
+    add("--batch", type=number(int, 1, 65536), help="sequences in a batch (default: 32, our choice; toy: 64)")
+    add("--max-tokens", type=number(int, 8, 65536), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
+    add("--lr", type=rate, help="peak learning rate of all but the DACT heads (default: 5e-5, our choice; toy: 1e-3)")
+    add("--head-lr", type=rate, default=1e-3, help="peak learning rate of the DACT heads (default: 1e-3, our choice)")
+    add("--halt-bias", type=number(float, -100, 100), default=4.0,
+        help="B: halting biases start at B (1 - 2 n / N) in block n (default: 4, our choice)")  # fmt: skip
+    add("--tau", type=number(float, 0, 1e3), default=5e-3,
+        help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
+    add("--rule", choices=dact.RULES, default="paper", help="halting rule of metrics.json: (4), or our exact one")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
     add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence or pair (run: --out)")
@@ -88,15 +99,15 @@ def parse_arguments(argv):
     return args
 
 
-def positive(kind):
-    """An argparse type: an int or float above 0."""
+def number(kind, low, high):
+    """An argparse type: an int or float from low to high."""
 
     def parse(text):
-        if not 0 < kind(text) < float("inf"):
+        if not low <= kind(text) <= high:  # also refuses nan
             raise ValueError
         return kind(text)
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its message
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g},"  # argparse puts it into its message
     return parse
 
 
@@ -125,12 +136,13 @@ def run(args):
     seconds = {}
     with open(args.out / "log.jsonl", "w") as log:
         stage1.to(device)
-        if not args.stage1:
+        if args.stage1 is None:
             seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, log)
-            save(args.out / "stage1.pt", header | {"state": stage1.state_dict()})
+            args.stage1 = args.out / "stage1.pt"
+            save(args.stage1, header | {"stage": 1, "state": stage1.state_dict()})
         adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias).to(device)
         seconds["stage2"] = fit("stage 2", adaptive, stage2_loss(args.tau), train, args, device, precision, log)
-        save(args.out / "dact.pt", header | {"state": adaptive.state_dict()})
+        save(args.out / "dact.pt", header | {"stage": 2, "state": adaptive.state_dict()})
 
     N = len(adaptive.backbone.blocks)
     results = evaluate(stage1, adaptive, dev, args, device, precision)
@@ -158,7 +170,7 @@ def pick_precision(device, asked):
         for flag in ("amx_bf16", "avx512_bf16"):
             if flag in flags:
                 return "bfloat16", f"the CPU has {flag}"
-    return "float32", "no native bfloat16 found"
+    return "float32", "no native bfloat16 known on it"
 
 
 def starting_model(args):
@@ -167,10 +179,9 @@ def starting_model(args):
     The stage-1 model of an earlier run, or pretrained weights, or for the toy task a tiny BERT with random ones.
     """
     num_classes = len(data.find_task(args.task).labels)
-    if args.stage1:
-        saved = load_saved(Path(args.stage1), args.task)
-        return bert_classifier(saved, num_classes), Tokenizer.from_str(saved["tokenizer"]), saved["model"]
-    if args.task == "toy" and not args.model:
+    if args.stage1 is not None:
+        return load_run(Path(args.stage1), 1, args.task)[:3]
+    if args.task == "toy" and args.model is None:
         model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
         vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *data.TOY_WORDS]
         return model.apply(bert.init_weights), bert.wordpiece_tokenizer(vocab), "toy (from scratch)"
@@ -183,8 +194,9 @@ def starting_model(args):
 
 
 def stage1_loss(model, inputs, labels):
-    """-> (loss, price of computation, mean h); stage 1 has no halting, so the last two are None."""
-    return F.cross_entropy(model(*inputs).float(), labels), None, None
+    """-> (loss, price of computation, mean h), scalars; stage 1 has no halting, so the last two are 0."""
+    loss = F.cross_entropy(model(*inputs).float(), labels)
+    return loss, torch.zeros_like(loss), torch.zeros_like(loss)
 
 
 def stage2_loss(tau):
@@ -211,48 +223,46 @@ def parameter_groups(model, args):
 def fit(stage, model, loss_of, train, args, device, precision, log):
     """Train `model` in place for args.epochs; prints a line per interval. Returns the seconds it took."""
     torch.manual_seed(args.seed)  # so that stage 2 is the same whether stage 1 ran before it or was read from a file
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     steps = max(1, round(args.epochs * -(-len(train) // args.batch)))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     warmup = max(1, steps // 10)  # CHOICE: linear warm-up over a tenth of the steps, then linear decay to 0
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
     )
-    began, examples, sums = time.perf_counter(), 0, torch.zeros(3, device=device)
-    since, interval = 0, max(1, steps // 20)
+    began, examples, interval = time.perf_counter(), 0, max(1, steps // 20)
+    sums = []  # (loss, price, mean h) of each step since the last line, left on the device: reading them would stall it
     model.train()
     for step, (inputs, labels) in enumerate(endless_batches(train, args, device), start=1):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, price, mean_h = loss_of(model, inputs, labels)
-        loss.backward()
+            said = loss_of(model, inputs, labels)
+        said[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        examples, since = examples + len(labels), since + 1
-        if price is not None:
-            sums += torch.stack([loss.detach(), price.detach(), mean_h.detach()])
-        else:
-            sums[0] += loss.detach()  # kept on the device: reading it every step would stall a GPU
+        examples += len(labels)
+        sums.append(torch.stack(said).detach())
         if step % interval == 0 or step == steps:
-            mean_loss, mean_price, mean_h = (sums / since).tolist()
-            elapsed = time.perf_counter() - began
-            line = {"stage": stage, "step": step, "loss": mean_loss, "price": mean_price, "mean_h": mean_h}
-            log.write(json.dumps(line | {"seconds": round(elapsed, 2)}) + "\n")
-            log.flush()
-            halting = f"price {mean_price:.4f}  mean h {mean_h:.3f}  " if price is not None else ""
-            speed, left = examples / elapsed, elapsed / step * (steps - step)
-            print(
-                f"{stage}  step {step:>5}/{steps}  loss {mean_loss:.4f}  {halting}"
-                f"{speed:7.1f} examples/s  {left / 60:5.1f} min left",
-                flush=True,
-            )
-            if not np.isfinite(mean_loss):
-                raise InputError(f"{stage}: the loss is {mean_loss} at step {step}; try again with a smaller --lr")
-            sums.zero_()
-            since = 0
+            progress(stage, step, steps, torch.stack(sums).mean(0).tolist(), examples, time.perf_counter() - began, log)
+            sums = []
         if step == steps:
-            break
-    return time.perf_counter() - began
+            return time.perf_counter() - began
+
+
+def progress(stage, step, steps, means, examples, elapsed, log):
+    """One aligned line to the terminal and one of JSON to the log. Raises InputError if the loss is no number."""
+    halting = {"price": means[1], "mean_h": means[2]} if stage == "stage 2" else {}
+    log.write(json.dumps({"stage": stage, "step": step, "loss": means[0], **halting, "seconds": elapsed}) + "\n")
+    log.flush()
+    words = "price {price:.4f}  mean h {mean_h:.3f}  ".format(**halting) if halting else ""
+    left = elapsed / step * (steps - step) / 60
+    print(
+        f"{stage}  step {step:>5}/{steps}  loss {means[0]:.4f}  {words}"
+        f"{examples / elapsed:7.1f} examples/s  {left:5.1f} min left",
+        flush=True,
+    )
+    if not np.isfinite(means[0]):
+        raise InputError(f"{stage}: the loss is {means[0]} at step {step}; try again with a smaller --lr")
 
 
 def endless_batches(train, args, device):
@@ -281,21 +291,26 @@ class Answers(NamedTuple):
 def evaluate(stage1, adaptive, dev, args, device, precision):
     """Run the dev set through every form of the model: {form: Answers}.
 
-    Forms: "stage 1", "all blocks" (DACT's a_N) and the halting rules. Each batch goes through all of them in turn, so
-    that their times, which are compared, meet the same batches and the same noise of the machine.
+    Forms: "stage 1", "all blocks" (DACT's a_N), the halting rules, and "control": args.rule with the halting neurons as
+    they were before training. What DACT saves beyond the control it has learned; the rest is where it was started.
+    Each batch goes through all forms in turn, so that their times meet the same batches and the same noise.
     """
-    stage1.eval(), adaptive.eval()
     N = len(adaptive.backbone.blocks)
+    control = dact.DactBert(adaptive.backbone, stage1.classifier, args.halt_bias).to(device)
+    control.classifiers = adaptive.classifiers
+    for model in (stage1, adaptive, control):
+        model.eval()
 
     def answer(form, inputs):
-        if form in dact.RULES:
-            halted = adaptive.early_exit(*inputs, rule=dact.RULES[form])
+        if form in dact.RULES or form == "control":
+            model, rule = (control, args.rule) if form == "control" else (adaptive, form)
+            halted = model.early_exit(*inputs, rule=dact.RULES[rule])
             return halted.label, halted.exit_block
         probabilities = stage1(*inputs) if form == "stage 1" else dact.accumulate_all(*adaptive(*inputs))[0][-1]
         labels = probabilities.argmax(1)
         return labels, torch.full_like(labels, N)
 
-    forms = ("stage 1", "all blocks", *dact.RULES)
+    forms = ("stage 1", "all blocks", *dact.RULES, "control")
     said = {form: (torch.zeros(len(dev), dtype=torch.long), torch.zeros(len(dev), dtype=torch.long)) for form in forms}
     seconds = dict.fromkeys(forms, 0.0)
     batches = data.evaluation_batches(dev.lengths, args.batch)
@@ -317,9 +332,10 @@ def scores(answers, dev, task):
 
 def blocks_used(answers, N):
     """What halting saved: percent of blocks, mean exit block, and how many examples left after each block."""
+    mean = answers.exit_block.double().mean().item()
     return {
-        "saved": 100 * (1 - answers.exit_block.double().mean().item() / N),
-        "mean_blocks": answers.exit_block.double().mean().item(),
+        "saved": 100 * (1 - mean / N),
+        "mean_blocks": mean,
         "exit_histogram": torch.bincount(answers.exit_block, minlength=N + 1)[1:].tolist(),
     }
 
@@ -332,6 +348,7 @@ def report(results, train, dev, args, N):
     print("\n" + " " * 26 + "".join(f"{name:>10}" for name in metrics) + "   blocks saved   seconds   speed-up")
     rows = {"majority class": majority, "stage 1, all blocks": full}
     rows |= {"DACT, rule (4)": results["paper"], "DACT, exact rule": results["exact"]}
+    rows |= {"untrained halting": results["control"]}
     for title, answers in rows.items():
         line = f"{title:<26}" + "".join(f"{value:>9.1f}%" for value in scores(answers, dev, args.task).values())
         if answers is not majority:
@@ -361,7 +378,8 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     content = {
         "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **settings,
         "precision": precision, "full": scores(results["stage 1"], dev, args.task), "dact": rules[args.rule],
-        "rules": rules, "seconds": seconds, "versions": versions,
+        "rules": rules, "control": scores(results["control"], dev, args.task) | blocks_used(results["control"], N),
+        "seconds": seconds, "versions": versions,
     }  # fmt: skip
     write_whole(args.out / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
 
@@ -386,41 +404,35 @@ def save(path, content):
     write_whole(path, lambda file: torch.save(content, file))
 
 
-def load_saved(path, task):
-    """What `save` wrote to stage1.pt or dact.pt of a run on `task`; nothing in it can run code."""
+def load_run(path, stage, task):
+    """The model of a stage1.pt (stage 1, a BertClassifier) or dact.pt (2, a DactBert), its tokenizer, and the rest.
+
+    Nothing in the file can run code. Raises InputError for a file that is not of a run on `task`, or damaged.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a run that finished this stage")
     try:
+        with zipfile.ZipFile(path) as zipped:  # a .pt file is a zip; torch.load does not look at its checksums
+            if zipped.testzip():
+                raise ValueError("damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["task"]
-        saved["config"], saved["tokenizer"], saved["state"]
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        raise InputError(f"{path}: not a file of a run ({type(error).__name__}); name another run") from None
-    if found != task:
-        raise InputError(f"{path}: a run on {found!r}, not on {task!r}; add --task {found}")
-    return saved
-
-
-def bert_classifier(saved, num_classes):
-    """The BertClassifier of a stage1.pt."""
-    config = bert.BertConfig.from_dict(saved["config"])
-    model = bert.BertClassifier(bert.Bert(config), bert.Classifier(config, num_classes))
-    return fill(model, saved)
-
-
-def dact_bert(saved, num_classes):
-    """The DactBert of a dact.pt."""
-    config = bert.BertConfig.from_dict(saved["config"])
-    return fill(dact.DactBert(bert.Bert(config), bert.Classifier(config, num_classes)), saved)
-
-
-def fill(model, saved):
+        found = saved["task"], saved["stage"]
+        tokenizer = Tokenizer.from_str(saved["tokenizer"])
+        name, max_tokens, state = saved["model"], saved["max_tokens"], saved["state"]
+    except Exception as error:  # torch and tokenizers raise many kinds for a file that is not their own
+        raise InputError(
+            f"{path}: not a file of a run, or damaged ({type(error).__name__}); name another run"
+        ) from None
+    if found != (task, stage):
+        raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, expected stage {stage} on {task!r}")
+    config = bert.BertConfig.from_dict(saved["config"], str(path))
+    backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
+    model = bert.BertClassifier(backbone, classifier) if stage == 1 else dact.DactBert(backbone, classifier)
     try:
-        model.load_state_dict(saved["state"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"the saved weights do not fit: {reason}; name another file") from None
-    return model
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        raise InputError(f"{path}: its weights do not fit its own config; name another run") from None
+    return model, tokenizer, name, max_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,40 +442,38 @@ def fill(model, saved):
 @torch.no_grad()
 def explain(args):
     """Print, for each block of a finished run, y_n, h_n, p_n, a_n and both sides of the rules, and where each stops."""
-    names = data.find_task(args.task).labels
-    saved = load_saved(args.out / "dact.pt", args.task)
-    model = dact_bert(saved, len(names)).eval()
-    wanted = 2 if data.TASKS[args.task].columns else 1
+    task = data.find_task(args.task)
+    wanted = 2 if task.columns else 1
     if len(args.explain) != wanted:
         raise InputError(f"--explain takes {wanted} text(s) of {args.task}, found {len(args.explain)}; quote each one")
     text = args.explain[0] if wanted == 1 else tuple(args.explain)
-    tokenizer = Tokenizer.from_str(saved["tokenizer"])
-    examples = data.Examples([text], [0])
-    dataset = data.Dataset(examples, tokenizer, saved["max_tokens"], model.backbone.config.pad_token_id)
-    y, h = model(*dataset.batch([0])[0])
+    model, tokenizer, _, max_tokens = load_run(args.out / "dact.pt", 2, args.task)
+    dataset = data.Dataset(data.Examples([text], [0]), tokenizer, max_tokens, model.backbone.config.pad_token_id)
+    print("tokens: " + " ".join(tokenizer.id_to_token(i) for i in dataset.input_ids[0].tolist()))
+    print(f"probabilities in the order: {', '.join(task.labels)}\n")
+    y, h = model.eval()(*dataset.batch([0])[0])
+    print_equations(y, h, task.labels)
+
+
+def print_equations(y, h, names):
+    """The table of `explain`: y (N, 1, C), h (N, 1)."""
     a, p = dact.accumulate_all(y, h)
-    N, stops = len(y), {}
-    print("tokens: " + " ".join(tokenizer.encode(*([text] if isinstance(text, str) else text)).tokens))
-    print(f"probabilities in the order: {', '.join(names)}\n")
-    width = 6 * len(names) + 1
+    N, width, stops = len(y), 6 * len(names) + 1, {}
     print(f"  n  {'y_n':<{width}} h_n    p_n    {'a_n':<{width}} (4) left >= right   exact left >= 1")
-    for n in range(1, N + 1):
-        sides = {name: [s.item() for s in rule(a[n - 1], p[n - 1], N - n)] for name, rule in dact.RULES.items()}
-        for name, (left, right) in sides.items():
-            if left >= right:
-                stops.setdefault(name, n)
-        (left, right), (exact, _) = sides["paper"], sides["exact"]
-        print(
-            f"{n:>3}  {decimals(y[n - 1, 0]):<{width}} {h[n - 1].item():.3f}  {p[n - 1].item():.3f}  "
-            f"{decimals(a[n - 1, 0]):<{width}} {left:.3f} {'>=' if left >= right else '< '} {right:.3f}     "
-            f"{exact:.3f} {'>=' if exact >= 1 else '< '} 1"
-        )
-    for name, n in stops.items():
-        print(f"rule {name!r}: stops after block {n} of {N} with {names[a[n - 1].argmax().item()]!r}")
+    for n, (y_n, h_n, a_n, p_n) in enumerate(zip(y, h, a, p), start=1):
+        line = f"{n:>3}  {decimals(y_n):<{width}} {decimals(h_n)}  {decimals(p_n)}  {decimals(a_n):<{width}} "
+        for name, rule in dact.RULES.items():
+            left, right = rule(a_n, p_n, N - n)
+            halts = bool(left >= right)
+            line += f"{decimals(left)} {'>=' if halts else '< '} {decimals(right)}     "
+            if halts and name not in stops:
+                stops[name] = f"rule {name!r}: stops after block {n} of {N} with {names[a_n.argmax()]!r}"
+        print(line.rstrip())
+    print("\n".join(stops.values()))
 
 
-def decimals(vector):
-    return " ".join(f"{x:.3f}" for x in vector.tolist())
+def decimals(tensor):
+    return " ".join(f"{x:.3f}" for x in tensor.flatten().tolist())
 
 
 if __name__ == "__main__":

@@ -276,6 +276,11 @@ def test_missing_left_over_and_misshapen_tensors(tmp_path):
         ({"hidden_size": "8"}, ("hidden_size", "'8'")),
         ({"hidden_size": None}, ("hidden_size", "None")),
         ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
+        ({"vocab_size": 10**30}, ("vocab_size", "1000")),
+        ({"hidden_size": 800_000}, ("shape (8,)", "(800000,)")),
+        ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "1.5")),
+        ({"layer_norm_eps": float("nan")}, ("layer_norm_eps", "nan")),
+        ({"pad_token_id": 99}, ("token 99", "vocab_size 22")),
         ({"hidden_act": "relu"}, ("hidden_act", "relu")),
         ({"model_type": "gpt2"}, ("gpt2",)),
     ],
@@ -299,13 +304,23 @@ def test_bad_vocabulary(google):
     (google / "vocab.txt").write_text("the\ncat\n")
     refuse(google, "vocab.txt", "[PAD]")
     (google / "vocab.txt").write_text("\n".join([*VOCAB, "one", "more"]) + "\n")
-    refuse(google, "24 tokens", "22")
+    refuse(google, "token 23", "vocab_size 22")
+    (google / "vocab.txt").write_text(
+        "\n".join([*VOCAB[:-1], VOCAB[5], VOCAB[-1]]) + "\n"
+    )  # a line twice: as many words
+    refuse(google, "token 22", "vocab_size 22")
     (google / "vocab.txt").write_bytes(b"\xff\xfe")
     refuse(google, "vocab.txt", "UTF-8")
     (google / "vocab.txt").unlink()
     refuse(google, "vocab.txt")
     (google / "tokenizer.json").write_text("{}")
     refuse(google, "tokenizer.json")
+
+
+def test_checksum_of_the_index():
+    # CRC-32C of "123456789" is 0xE3069283 in every catalogue; LevelDB's mask turns it by 15 bits and adds 0xA282EAD8
+    turned = (0xE3069283 >> 15) | (0xE3069283 << 17) & 0xFFFFFFFF
+    assert bert.masked_crc32c(b"123456789") == (turned + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def test_every_damaged_byte_of_an_index_is_noticed(google):
@@ -340,6 +355,9 @@ def test_bad_safetensors(tmp_path):
         (content[:8] + b"[" + content[9:], "not a safetensors file"),
         (content[: 8 + length].replace(b'"F32"', b'"F99"') + content[8 + length :], "F99"),
         (content[: 8 + length].replace(b"[8, 8]", b"[8, 7]") + content[8 + length :], "(8, 7)"),
+        (content[: 8 + length].replace(b"[8, 8]", b"[8,-8]") + content[8 + length :], "a bad entry"),
+        (content[: 8 + length].replace(b"[8, 8]", b"[8.,8]") + content[8 + length :], "not a safetensors file"),
+        (content[: 8 + length].replace(b'"F32"', b"[3.2]") + content[8 + length :], "a bad entry"),
         (b"", "empty"),
     ):
         file.write_bytes(broken)
@@ -361,10 +379,16 @@ def test_paths_that_are_no_model(tmp_path):
     refuse(google, "ckpt.index")
 
 
-def test_damaged_zip(google, tmp_path):
-    zipped = zip_folder(google, tmp_path / "model.zip")
+@pytest.mark.parametrize("weights", ["random", "zero"])  # stored almost as they are, and compressed to nothing
+def test_damaged_zip(tmp_path, weights):
+    arrays = google_arrays()
+    if weights == "zero":
+        arrays = {name: np.zeros_like(array) for name, array in arrays.items()}
+    zipped = zip_folder(write_google(tmp_path / "google", arrays), tmp_path / "model.zip")
     content = bytearray(zipped.read_bytes())
-    middle = content.index(DATA_FILE.encode()) + 200  # inside the compressed weights
-    content[middle : middle + 50] = bytes(50)
-    zipped.write_bytes(content)
-    refuse(zipped, "cannot be read from the zip")
+    start = content.index(DATA_FILE.encode()) + len(DATA_FILE)  # the compressed weights
+    zipped.write_bytes(content[:start] + b"\xff" * 20 + content[start + 20 :])
+    refuse(zipped, DATA_FILE, "cannot be read from the zip")
+    central = content.index(b"PK\x01\x02")  # the zip's table of contents
+    zipped.write_bytes(content[:central] + bytes(4) + content[central + 4 :])
+    refuse(zipped, "not a sound zip")

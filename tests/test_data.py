@@ -169,7 +169,10 @@ def test_zip_without_the_member_and_no_zip(server, tmp_path):
     server.files["/file"] = zip_bytes(other="x")
     refuse_download(server, tmp_path / "file", "no RTE/train.tsv", member="RTE/train.tsv")
     server.files["/file"] = BODY
-    refuse_download(server, tmp_path / "file", "not a zip", member="RTE/train.tsv")
+    refuse_download(server, tmp_path / "file", "not a sound zip", member="RTE/train.tsv")
+    whole = zip_bytes(member="x" * 1000)
+    server.files["/file"] = whole.replace(b"xxxxx", b"xxyxx", 1)
+    refuse_download(server, tmp_path / "file", "member in the zip is damaged", member="member")
     assert os.listdir(tmp_path) == []
 
 
