@@ -147,7 +147,7 @@ class DactBert(nn.Module):
 
     backbone: see the top of this file; its weights are used, not copied.
     classifier: a module from [CLS] vectors (B, D) to logits (B, C); each block gets a copy of it as its answer head.
-    halt_bias: how steeply the initial biases of the halting neurons fall with depth, halt_bias (1 - 2 n / N) at block n.
+    halt_bias: how steeply the initial biases of the halting neurons fall with depth: halt_bias (1 - 2 n / N) at n.
     """
 
     def __init__(self, backbone, classifier, halt_bias=4.0):
