@@ -258,6 +258,16 @@ def test_mrpc_split_mark_and_quotes(tmp_path):
         data.load_task("mrpc", tmp_path)
 
 
+def test_mrpc_files_are_downloaded_one_by_one(server, tmp_path, monkeypatch):
+    write_mrpc(tmp_path, ["1\t10\t11\tA\tB\r\n", "0\t12\t13\tC\tD\r\n"], "12\t13\n")
+    for name in ("MRPC/msr_paraphrase_train.txt", "MRPC/mrpc_dev_ids.tsv"):
+        server.files["/" + name] = (tmp_path / name).read_bytes()
+        monkeypatch.setitem(data.DOWNLOADS, name, (server.url("/" + name), None))
+    train, dev = data.load_task("mrpc", tmp_path / "cache")
+    assert (train.texts, dev.texts) == ([("A", "B")], [("C", "D")])
+    assert sorted(os.listdir(tmp_path / "cache" / "MRPC")) == ["mrpc_dev_ids.tsv", "msr_paraphrase_train.txt"]
+
+
 @pytest.mark.parametrize(
     "content, words",
     [

@@ -166,9 +166,12 @@ def test_precision_is_chosen_by_the_hardware(monkeypatch):
         assert train.pick_precision(cpu, None)[0] == expected
 
 
-def test_bfloat16_run(tmp_path):
-    assert train.main(["--epochs", "0.1", "--precision", "bfloat16", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["precision"] == "bfloat16"
+def test_run_in_bfloat16_by_the_exact_rule(tmp_path):
+    argv = ["--epochs", "0.1", "--precision", "bfloat16", "--rule", "exact", "--out", str(tmp_path)]
+    assert train.main(argv) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["precision"] == "bfloat16" and metrics["rule"] == "exact"
+    assert metrics["dact"] == metrics["rules"]["exact"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
