@@ -256,17 +256,15 @@ def load_pretrained(name, num_classes):
     """
     path = find_model(name)
     files = list_files(path)
-    if "bert_config.json" in files:
-        config = BertConfig.from_dict(read_json(path, "bert_config.json"), f"{path}: bert_config.json")
-        tensors = read_google(path, files)
-    elif "config.json" in files:
-        config = BertConfig.from_dict(read_json(path, "config.json"), f"{path}: config.json")
-        tensors = read_safetensors(path)
-    else:
+    google = "bert_config.json" in files
+    if not google and "config.json" not in files:
         raise InputError(
             f"{path}: neither bert_config.json (Google) nor config.json (Hugging Face) in it; "
             "give the folder that holds the checkpoint"
         )
+    config_name = "bert_config.json" if google else "config.json"
+    config = BertConfig.from_dict(read_json(path, config_name), f"{path}: {config_name}")
+    tensors = read_google(path, files) if google else read_safetensors(path)
     tokenizer = read_tokenizer(path, files)
     highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
     if highest >= config.vocab_size:

@@ -31,8 +31,9 @@ import dact
 import data
 from data import InputError
 
+TOY_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *data.TOY_WORDS]
 TOY_CONFIG = bert.BertConfig(
-    vocab_size=4 + len(data.TOY_WORDS),
+    vocab_size=len(TOY_VOCAB),
     hidden_size=64,
     num_hidden_layers=6,
     num_attention_heads=1,  # with one head a block cannot gather all that a sentence of level 3 turns on
@@ -183,8 +184,7 @@ def starting_model(args):
         return load_run(Path(args.stage1), 1, args.task)[:3]
     if args.task == "toy" and args.model is None:
         model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
-        vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *data.TOY_WORDS]
-        return model.apply(bert.init_weights), bert.wordpiece_tokenizer(vocab), "toy (from scratch)"
+        return model.apply(bert.init_weights), bert.wordpiece_tokenizer(TOY_VOCAB), "toy (from scratch)"
     name = args.model or "bert-base-uncased"
     return *bert.load_pretrained(name, num_classes), name
 
@@ -340,6 +340,11 @@ def blocks_used(answers, N):
     }
 
 
+def same_as_all_blocks(results, rule):
+    """On how many examples early exit by `rule` gave the answer of all blocks."""
+    return (results[rule].labels == results["all blocks"].labels).sum().item()
+
+
 def report(results, train, dev, args, N):
     """The tables at the end of a run."""
     metrics = data.TASKS[args.task].metrics
@@ -356,7 +361,7 @@ def report(results, train, dev, args, N):
             line += f"{saved:>14.1f}%{answers.seconds:>10.2f}{full.seconds / answers.seconds:>10.2f}x"
         print(line)
     for rule in dact.RULES:
-        same = (results[rule].labels == results["all blocks"].labels).sum().item()
+        same = same_as_all_blocks(results, rule)
         print(f"rule {rule!r}: the answer of all blocks on {same} of {len(dev)} dev examples")
     if len(dev.levels):
         print(f"\nlevel   examples   stage 1   DACT ({args.rule} rule)   mean blocks")
@@ -372,7 +377,7 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     """metrics.json: what was run, and what came of it."""
     rules = {rule: scores(results[rule], dev, args.task) | blocks_used(results[rule], N) for rule in dact.RULES}
     for rule in dact.RULES:
-        rules[rule]["same_as_all_blocks"] = (results[rule].labels == results["all blocks"].labels).sum().item()
+        rules[rule]["same_as_all_blocks"] = same_as_all_blocks(results, rule)
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
     settings = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "head_lr", "halt_bias")}
     content = {
@@ -426,10 +431,11 @@ def load_run(path, stage, task):
     if found != (task, stage):
         raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, expected stage {stage} on {task!r}")
     config = bert.BertConfig.from_dict(saved["config"], str(path))
-    backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
-    model = bert.BertClassifier(backbone, classifier) if stage == 1 else dact.DactBert(backbone, classifier)
+    with torch.device("meta"):  # no random start for what the file overwrites
+        backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
+        model = bert.BertClassifier(backbone, classifier) if stage == 1 else dact.DactBert(backbone, classifier)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError):
         raise InputError(f"{path}: its weights do not fit its own config; name another run") from None
     return model, tokenizer, name, max_tokens

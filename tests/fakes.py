@@ -1,13 +1,19 @@
-"""Small checkpoints, written in the formats of Google and of Hugging Face, for tests of the loaders."""
+"""What tests run on: real weights and data where there are any; small checkpoints as Google and the hub write them."""
 
 import json
+import os
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import bert
+
+ASSETS = Path(os.environ.get("DACT_ASSETS", ""))
+needs_assets = pytest.mark.skipif("DACT_ASSETS" not in os.environ, reason="DACT_ASSETS names no folder of real files")
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", "the", "cat", "sat", "##s", "was", "not", "."]
 CONFIG = {

@@ -1,18 +1,18 @@
 """bert.py against `transformers` on the same weights, and its loaders against all that can be wrong with a file."""
 
 import json
-import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fakes import (
+    ASSETS,
     CONFIG,
     VOCAB,
     google_arrays,
     hugging_face_names,
+    needs_assets,
     write_google,
     write_hugging_face,
     zip_folder,
@@ -24,9 +24,7 @@ import bert
 import data
 from data import InputError
 
-ASSETS = Path(os.environ.get("DACT_ASSETS", ""))
 MODELS = ASSETS / "models"
-needs_assets = pytest.mark.skipif("DACT_ASSETS" not in os.environ, reason="DACT_ASSETS names no folder of real weights")
 
 
 def real_batch(tokenizer, pad_id, max_tokens=128):

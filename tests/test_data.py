@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import ASSETS, google_arrays, needs_assets, write_google, zip_folder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -19,8 +20,6 @@ import bert
 import data
 from data import InputError
 
-ASSETS = Path(os.environ.get("DACT_ASSETS", ""))
-needs_assets = pytest.mark.skipif("DACT_ASSETS" not in os.environ, reason="DACT_ASSETS names no folder of real data")
 BODY = bytes(range(256)) * 2000  # half a megabyte
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
@@ -214,8 +213,6 @@ def test_rte_comes_out_of_its_zip(server, tmp_path, monkeypatch):
 
 
 def test_google_model_is_downloaded_once(server, tmp_path, monkeypatch):
-    from fakes import google_arrays, write_google, zip_folder
-
     zipped = zip_folder(write_google(tmp_path / "google", google_arrays()), tmp_path / "model.zip")
     server.files["/2020_02_20/uncased_L-2_H-128_A-2.zip"] = zipped.read_bytes()
     monkeypatch.setattr(bert, "GOOGLE_URL", server.url("/"))
