@@ -1,16 +1,20 @@
-"""BERT in one file of plain PyTorch (Devlin et al., 2019), and the loaders of its released weights.
+"""BERT in one file of plain PyTorch (Devlin et al., 2019), RoBERTa (Liu et al., 2019), and their released weights.
 
-Read from top to bottom: config, embeddings, self-attention, block, encoder, classifier; then the tokenizer, and the
+RoBERTa is the same network, trained better: it differs in its numbers (`BertConfig`), in how it counts positions
+(`Embeddings`) and in its tokenizer.
+
+Read from top to bottom: config, embeddings, self-attention, block, encoder, classifier; then the tokenizers, and the
 loaders for Google's TensorFlow checkpoints and for Hugging Face folders.
 
 Shapes: B sequences, T tokens, D hidden size, H attention heads, C classes.
 """
 
+import io
 import json
 import re
 import struct
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import BertProcessing
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
+from tokenizers.processors import BertProcessing, RobertaProcessing
 from torch import nn
 
 from data import ZIP_ERRORS, InputError, cache_dir, download
@@ -30,7 +34,7 @@ from data import ZIP_ERRORS, InputError, cache_dir, download
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The numbers that make a BERT, under the names of Google's bert_config.json."""
+    """The numbers that make a BERT or a RoBERTa, under the names of Google's bert_config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -44,6 +48,12 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12  # Google's code fixes it; Hugging Face's config.json states it
     pad_token_id: int = 0
+    first_position: int = 0  # the first token's position; RoBERTa's is pad_token_id + 1
+
+    @property
+    def max_tokens(self):
+        """The longest input that there are positions for."""
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def from_dict(cls, values, source="config"):
@@ -52,8 +62,10 @@ class BertConfig:
         Raises InputError, naming `source`, for a config that makes no BERT.
         """
         kind = values.get("model_type", "bert") if isinstance(values, dict) else type(values).__name__
-        if kind != "bert":
-            raise InputError(f"{source}: model type {kind!r} cannot be read; give a BERT")
+        if kind not in ("bert", "roberta"):
+            raise InputError(f"{source}: model type {kind!r} cannot be read; give a BERT or a RoBERTa")
+        if kind == "roberta":
+            values = {"pad_token_id": 1} | values
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if name not in values:
                 raise InputError(f"{source}: {name} is missing; give the config that came with the weights")
@@ -61,12 +73,19 @@ class BertConfig:
             value = values.get(f.name, f.default)
             right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
             if right and f.type is int:
-                right = (f.name != "pad_token_id") <= value < 2**31
+                right = (f.name not in ("pad_token_id", "first_position")) <= value < 2**31
             if right and f.type is float:
                 right = 0 <= value < 1
             if not right:
                 raise InputError(f"{source}: {f.name} is {value!r}; give the config that came with the weights")
         config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        if kind == "roberta":
+            config = replace(config, first_position=config.pad_token_id + 1)
+        if config.max_tokens < 1:
+            raise InputError(
+                f"{source}: max_position_embeddings {config.max_position_embeddings} leaves no position for a token; "
+                "give the config that came with the weights"
+            )
         if config.hidden_size % config.num_attention_heads:
             raise InputError(
                 f"{source}: hidden_size {config.hidden_size} is no multiple of "
@@ -87,9 +106,13 @@ class Embeddings(nn.Module):
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.first_position, self.pad_id = config.first_position, config.pad_token_id
 
     def forward(self, input_ids, segment_ids):
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
+        if self.first_position:  # RoBERTa: real tokens alone are counted, and pads stay one below the first
+            real = input_ids != self.pad_id
+            positions = self.first_position - 1 + real.cumsum(1) * real  # (B, T)
         summed = self.word(input_ids) + self.position(positions) + self.segment(segment_ids)  # (B, T, D)
         return self.dropout(self.norm(summed))
 
@@ -190,7 +213,7 @@ def init_weights(module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Tokenizers
 
 
 def wordpiece_tokenizer(vocab, source="vocab.txt"):
@@ -199,11 +222,7 @@ def wordpiece_tokenizer(vocab, source="vocab.txt"):
     Cased or not is read off the vocabulary: one without a single capital outside [BRACKETS] was made from lowered text.
     """
     ids = {token: i for i, token in enumerate(vocab)}
-    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
-        if token not in ids:
-            raise InputError(
-                f"{source}: no {token} among its {len(vocab)} tokens; give the file that came with the weights"
-            )
+    need_tokens(ids, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), source)
     lowercase = all(token == token.lower() for token in vocab if not re.fullmatch(r"\[.+\]", token))
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
     tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in ids])
@@ -211,6 +230,33 @@ def wordpiece_tokenizer(vocab, source="vocab.txt"):
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return tokenizer
+
+
+def byte_level_tokenizer(ids, merges, source="vocab.json"):
+    """RoBERTa's tokenizer, byte-level BPE: ids {token: id}, merges [(left, right)]. A pair is <s> A </s></s> B </s>.
+
+    There is no unknown word, for every byte is a token, and no segments: RoBERTa numbers both sentences 0.
+    """
+    special = ("<s>", "<pad>", "</s>", "<unk>")
+    need_tokens(ids, special, source)
+    try:
+        tokenizer = Tokenizer(BPE(ids, merges))
+    except Exception as error:  # the library raises bare Exception for merges that make no token
+        raise InputError(f"{source} does not fit merges.txt ({error}); copy or download both again") from None
+    tokenizer.add_special_tokens(list(special))
+    if "<mask>" in ids:
+        tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # it stands for a word and its space
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False)
+    return tokenizer
+
+
+def need_tokens(ids, tokens, source):
+    for token in tokens:
+        if token not in ids:
+            raise InputError(
+                f"{source}: no {token} among its {len(ids)} tokens; give the file that came with the weights"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,16 +278,40 @@ GOOGLE_MODELS |= {
     for layers in (2, 4, 6, 8, 10, 12)
     for size in (128, 256, 512, 768)
 }
+HUB_URL = "https://huggingface.co/FacebookAI/"
+HUB_MODELS = {  # Meta's own files at a fixed commit: {file: sha256, or None where we know of no published sum}
+    "roberta-base": (
+        "roberta-base/resolve/e2da8e2f811d1448a5b465c236feacd80ffbac7b/",
+        {
+            "config.json": None,
+            "vocab.json": "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655",
+            "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            "model.safetensors": "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81",
+        },
+    ),
+    "roberta-large": (
+        "roberta-large/resolve/722cf37b1afa9454edce342e7895e588b6ff1d59/",
+        dict.fromkeys(("config.json", "vocab.json", "merges.txt", "model.safetensors")),
+    ),
+}
 
 
 def find_model(name):
-    """The folder or zip of a model: a name of GOOGLE_MODELS (downloaded once) or a path. Raises InputError."""
+    """The folder or zip of a model: a name of GOOGLE_MODELS or HUB_MODELS (downloaded once) or a path.
+
+    Raises InputError.
+    """
     if name in GOOGLE_MODELS:
         place = GOOGLE_MODELS[name] + ".zip"
         return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
+    if name in HUB_MODELS:
+        place, files = HUB_MODELS[name]
+        for file, sha256 in files.items():
+            download(HUB_URL + place + file, cache_dir() / "models" / name / file, sha256)
+        return cache_dir() / "models" / name
     path = Path(name)
     if not path.exists():
-        known = ", ".join(key for key in GOOGLE_MODELS if key.startswith("bert-"))
+        known = ", ".join([key for key in GOOGLE_MODELS if key.startswith("bert-")] + list(HUB_MODELS))
         raise InputError(f"unknown model {name!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
     if not path.is_dir() and not zipfile.is_zipfile(path):
         raise InputError(f"{path}: neither a folder nor a zip file; give the folder that holds the checkpoint")
@@ -264,7 +334,12 @@ def load_pretrained(name, num_classes):
         )
     config_name = "bert_config.json" if google else "config.json"
     config = BertConfig.from_dict(read_json(path, config_name), f"{path}: {config_name}")
-    tensors = read_google(path, files) if google else read_safetensors(path)
+    if google:
+        tensors = read_google(path, files)
+    elif "model.safetensors" not in files and "pytorch_model.bin" in files:
+        tensors = read_bin(path)
+    else:
+        tensors = read_safetensors(path)
     tokenizer = read_tokenizer(path, files)
     highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
     if highest >= config.vocab_size:
@@ -330,12 +405,15 @@ RENAMES = (
     (r"^pooler\.dense\.", r"classifier.pooler."),
 )
 # What a checkpoint may hold beyond the encoder: pre-training heads, optimiser state, constant buffers.
-IGNORED = re.compile(r"^cls[./]|(^|/)adam_[mv]$|^(global_step|.*_power|_CHECKPOINTABLE.*|.*embeddings\.position_ids)$")
+IGNORED = re.compile(
+    r"^cls[./]|^lm_head\.|(^|/)adam_[mv]$|^(global_step|.*_power|_CHECKPOINTABLE.*|.*embeddings\.position_ids)$"
+)
 
 
 def our_name(name):
     """A tensor's name in a Hugging Face checkpoint as our state dict has it (unknown names come back unchanged)."""
-    name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.removeprefix("bert.")))
+    name = re.sub(r"^(bert|roberta)\.", "", name)
+    name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
     for pattern, ours in RENAMES:
         name = re.sub(pattern, ours, name)
     return name
@@ -379,21 +457,36 @@ def read_json(path, name):
         raise InputError(f"{path}: {name} is not JSON ({error}); copy or download it again") from None
 
 
+def read_text(path, name):
+    try:
+        return read_file(path, name).tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {name} is not UTF-8 ({error}); copy or download it again") from None
+
+
 def read_tokenizer(path, files):
-    """The tokenizer that belongs to a model: tokenizer.json where there is one, else WordPiece over vocab.txt."""
+    """The tokenizer of a model: tokenizer.json, else byte-level BPE (vocab.json, merges.txt), else WordPiece (vocab.txt)."""
     if "tokenizer.json" in files:
         content = read_file(path, "tokenizer.json").tobytes()
         try:
             return Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise InputError(f"{path}: tokenizer.json cannot be read ({error}); copy or download it again") from None
+    if {"vocab.json", "merges.txt"} <= files:
+        ids = read_json(path, "vocab.json")
+        if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < 2**31 for i in ids.values()):
+            raise InputError(f"{path}: vocab.json does not number tokens; copy or download it again")
+        lines = read_text(path, "merges.txt").splitlines()
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        if not all(len(pair) == 2 for pair in merges):
+            raise InputError(f"{path}: merges.txt has a line that is no pair; copy or download it again")
+        return byte_level_tokenizer(ids, merges, f"{path}: vocab.json")
     if "vocab.txt" not in files:
-        raise InputError(f"{path}: neither tokenizer.json nor vocab.txt in it; add the file that came with the weights")
-    content = read_file(path, "vocab.txt").tobytes()
-    try:
-        vocab = content.decode().removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: vocab.txt is not UTF-8 ({error}); copy or download it again") from None
+        raise InputError(
+            f"{path}: neither tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt in it; "
+            "add the files that came with the weights"
+        )
+    vocab = read_text(path, "vocab.txt").removesuffix("\n").split("\n")
     return wordpiece_tokenizer([token.removesuffix("\r") for token in vocab], f"{path}: vocab.txt")
 
 
@@ -545,7 +638,7 @@ for _ in range(8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders: safetensors is a JSON header and the raw bytes behind it
+# Hugging Face folders: safetensors is a JSON header and the raw bytes behind it; pytorch_model.bin is older, and a pickle
 
 SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -580,3 +673,36 @@ def read_safetensors(path):
         raw = torch.from_numpy(content[8 + length + start : 8 + length + end])
         tensors[our_name(name)] = raw.view(SAFETENSORS_TYPES[dtype]).view(shape)
     return tensors
+
+
+def read_bin(path):
+    """{our name: tensor} of pytorch_model.bin in a folder or zip. Nothing in it can run code."""
+    source = f"{path}: pytorch_model.bin"
+    file = path / "pytorch_model.bin" if path.is_dir() else io.BytesIO(read_file(path, "pytorch_model.bin"))
+    tensors = load_pickle(file, source)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise InputError(f"{source} is no dictionary of tensors; give the weights as the hub has them")
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SAFETENSORS_TYPES.values():
+            raise InputError(f"{source}: {name} is {tensor.dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
+    return {our_name(name): tensor for name, tensor in tensors.items()}
+
+
+def load_pickle(file, source):
+    """What torch.save wrote into a file (a path or a buffer), on the CPU; nothing in it can run code.
+
+    Raises InputError, naming `source`, for anything else and for a damaged file.
+    """
+    try:
+        if zipfile.is_zipfile(file):  # since torch 1.6; torch.load itself looks at no checksum
+            with zipfile.ZipFile(file) as zipped:
+                if any(info.file_size != info.compress_size for info in zipped.infolist()) or zipped.testzip():
+                    raise ValueError("damaged")
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise InputError(
+            f"{source}: not a file of torch.save, or damaged ({type(error).__name__}); copy or download it again"
+        ) from None

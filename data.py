@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,29 +39,47 @@ class Task:
 
     labels: tuple
     metrics: tuple  # names in METRICS; the first is the one that tables lead with
-    columns: tuple = ()  # headers of sentence 1, sentence 2 and the label
+    folder: str = ""  # GLUE's own name of it: the folder in its archive, and the file that its server takes
+    archive: str = ""
+    texts: tuple = ()  # headers of the sentence, or of both sentences of a pair
+    label: str = "label"
+    parts: tuple = ("",)  # MNLI has two dev and two test files
+    header: tuple = ()  # of the train and dev files that come without one
 
 
-ENTAILMENT = ("entailment", "not_entailment")
+BINARY, ENTAILMENT, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
+THREE_WAY = ("entailment", "neutral", "contradiction")
+QUESTIONS, ACCURACY, F1 = ("question1", "question2"), ("accuracy",), ("F1", "accuracy")
+COLA = ("source", "label", "mark", "sentence")
 TASKS = {
-    "toy": Task(("negative", "positive"), ("accuracy",)),
-    "rte": Task(ENTAILMENT, ("accuracy",), ("sentence1", "sentence2", "label")),
-    "qnli": Task(ENTAILMENT, ("accuracy",), ("question", "sentence", "label")),
-    "mrpc": Task(("0", "1"), ("F1", "accuracy"), ("#1 String", "#2 String", "Quality")),
+    "toy": Task(("negative", "positive"), ACCURACY),
+    "cola": Task(BINARY, ("Matthews",), "CoLA", "CoLA.zip", ("sentence",), header=COLA),
+    "sst-2": Task(BINARY, ACCURACY, "SST-2", "SST-2.zip", ("sentence",)),
+    "mrpc": Task(BINARY, F1, "MRPC", "", ("#1 String", "#2 String"), "Quality"),
+    "qqp": Task(BINARY, F1, "QQP", "QQP-clean.zip", QUESTIONS, "is_duplicate"),
+    "mnli": Task(THREE_WAY, ACCURACY, "MNLI", "MNLI.zip", PAIR, "gold_label", ("matched", "mismatched")),
+    "qnli": Task(ENTAILMENT, ACCURACY, "QNLI", "QNLIv2.zip", ("question", "sentence")),
+    "rte": Task(ENTAILMENT, ACCURACY, "RTE", "RTE.zip", PAIR),
+    "wnli": Task(BINARY, ACCURACY, "WNLI", "WNLI.zip", PAIR),
 }
 
 
 @dataclass
 class Examples:
-    """Labelled sentences or pairs of them. `levels` is the toy task's difficulty of each (1, 2, 3), empty elsewhere."""
+    """Labelled sentences or pairs of them, and the name of the group that each belongs to, where a split has groups."""
 
     texts: list = field(default_factory=list)  # str, or (str, str) for a pair
     labels: list = field(default_factory=list)  # int, the class
-    levels: list = field(default_factory=list)
+    groups: list = field(default_factory=list)  # str: the toy task's level, MNLI's matched or mismatched
 
 
 def find_task(name):
     """The `Task` of a name. Raises InputError if there is none."""
+    if name in ("sts-b", "stsb"):
+        raise InputError(
+            "STS-B is a regression: the bound asks whether another class can still win, and a score has no classes; "
+            f"choose one of: {', '.join(TASKS)}"
+        )
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")
     return TASKS[name]
@@ -77,33 +95,62 @@ def load_task(name, folder):
     if name == "toy":
         return toy_examples(4096, seed=1), toy_examples(600, seed=2)
     if name == "mrpc":
-        return load_mrpc(Path(folder))
-    folder_name, archive = {"rte": ("RTE", "RTE.zip"), "qnli": ("QNLI", "QNLIv2.zip")}[name]
-    splits = []
-    for split in ("train", "dev"):
-        member = f"{folder_name}/{split}.tsv"
-        rows = parse_tsv(find_file(Path(folder), member, archive), member, task.columns)
-        splits.append(to_examples(rows, task, member))
-    return tuple(splits)
+        return load_mrpc(task, Path(folder))
+    train, dev = Examples(), Examples()
+    read_into(train, task, Path(folder), f"{task.folder}/train.tsv", "")
+    for part in task.parts:
+        read_into(dev, task, Path(folder), f"{task.folder}/dev{part and '_' + part}.tsv", part)
+    return train, dev
 
 
-def load_mrpc(folder):
+def load_test(name, folder):
+    """The test split, whose labels GLUE keeps to itself (they are all 0 here), grouped by the file its server takes."""
+    task, test = find_task(name), Examples()
+    if name == "toy":
+        raise InputError("the toy task has no test set; choose a task of GLUE")
+    task = replace(task, label="", header=())  # CoLA's test file does have a header
+    for part in task.parts:
+        file = "msr_paraphrase_test.txt" if name == "mrpc" else f"test{part and '_' + part}.tsv"
+        suffix = {"": "", "matched": "-m", "mismatched": "-mm"}[part]
+        read_into(test, task, Path(folder), f"{task.folder}/{file}", task.folder + suffix)
+    return test
+
+
+def read_into(examples, task, folder, member, group):
+    """Append the rows of GLUE's file `member` to `examples`."""
+    columns = (*task.texts, task.label) if task.label else task.texts
+    rows = parse_tsv(find_file(folder, member, task.archive), member, columns, task.header)
+    add_rows(examples, rows, task, member, group)
+
+
+def load_mrpc(task, folder):
     """MRPC as GLUE splits it: the rows of Microsoft's train file whose two ids stand in the dev ids are dev."""
     member = "MRPC/msr_paraphrase_train.txt"
-    columns = TASKS["mrpc"].columns + ("#1 ID", "#2 ID")
-    rows = parse_tsv(find_file(folder, member), member, columns)
+    rows = parse_tsv(find_file(folder, member), member, (*task.texts, task.label, "#1 ID", "#2 ID"))
     ids_text = find_file(folder, "MRPC/mrpc_dev_ids.tsv").decode("utf-8-sig", errors="replace")
     dev_ids = {tuple(line.split("\t")) for line in ids_text.replace("\r", "").split("\n") if line}
-    splits = []
-    for wanted in (False, True):
+    splits = Examples(), Examples()
+    for split, wanted in zip(splits, (False, True)):
         part = [(line, row[:3]) for line, row in rows if (tuple(row[3:]) in dev_ids) == wanted]
         if not part:
             raise InputError(
                 f"MRPC/mrpc_dev_ids.tsv: none or all of the rows of {member} are dev; "
                 "delete both files to download them again"
             )
-        splits.append(to_examples(part, TASKS["mrpc"], member))
-    return tuple(splits)
+        add_rows(split, part, task, member)
+    return splits
+
+
+def add_rows(examples, rows, task, name, group=""):
+    """Append rows of (sentence, label word), (sentence 1, sentence 2, label word), or the same without a label."""
+    for number, fields in rows:
+        texts, label = fields[: len(task.texts)], fields[-1] if task.label else task.labels[0]
+        if label not in task.labels:
+            raise InputError(f"{name}, line {number}: unknown label {label!r}; expected one of {list(task.labels)}")
+        examples.texts.append(texts[0] if len(texts) == 1 else tuple(texts))
+        examples.labels.append(task.labels.index(label))
+        if group:
+            examples.groups.append(group)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,11 +159,20 @@ def load_mrpc(folder):
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 DOWNLOADS = {  # name in the folder: (URL, sha256)
-    "RTE.zip": (GLUE_URL + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "CoLA.zip": (GLUE_URL + "CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    "SST-2.zip": (GLUE_URL + "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "QQP-clean.zip": (GLUE_URL + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "MNLI.zip": (GLUE_URL + "MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
     "QNLIv2.zip": (GLUE_URL + "QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "RTE.zip": (GLUE_URL + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "WNLI.zip": (GLUE_URL + "WNLI.zip", "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
     "MRPC/msr_paraphrase_train.txt": (
         SENTEVAL_URL + "msr_paraphrase_train.txt",
         "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    ),
+    "MRPC/msr_paraphrase_test.txt": (
+        SENTEVAL_URL + "msr_paraphrase_test.txt",
+        "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
     ),
     "MRPC/mrpc_dev_ids.tsv": (
         GLUE_URL + "mrpc_dev_ids.tsv",
@@ -133,7 +189,7 @@ def cache_dir():
         raise InputError("no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from None
 
 
-def find_file(folder, name, archive=None):
+def find_file(folder, name, archive=""):
     """The bytes of GLUE's file `name`: the file in `folder` if it is there, else out of the (downloaded) archive.
 
     Without an archive the file itself is what is downloaded. Nothing is ever unpacked to disk.
@@ -142,7 +198,7 @@ def find_file(folder, name, archive=None):
     if path.is_file():
         return path.read_bytes()
     url, sha256 = DOWNLOADS[archive or name]
-    if archive is None:
+    if not archive:
         return download(url, path, sha256).read_bytes()
     path = download(url, folder / archive, sha256, member=name)
     try:
@@ -252,9 +308,10 @@ def check_download(part, sha256, member):
 # Parsing
 
 
-def parse_tsv(content, name, columns):
-    """Rows of a tab-separated file with a header: a list of (line number, [the fields of `columns`]).
+def parse_tsv(content, name, columns, header=()):
+    """Rows of a tab-separated file: a list of (line number, [the fields of `columns`]).
 
+    header: the names of its columns; by default its first line says them.
     Quotes are ordinary characters in GLUE: a csv reader with its default quoting swallows hundreds of rows of MRPC.
     Only "\\n" ends a line: str.splitlines would also cut at characters that occur inside sentences.
     """
@@ -265,13 +322,16 @@ def parse_tsv(content, name, columns):
     lines = [line.removesuffix("\r") for line in lines]
     if lines == [""]:
         raise InputError(f"{name}: the file is empty; delete it to download it again")
-    header = lines[0].split("\t")
+    skipped = 0 if header else 1
+    header = header or lines[0].split("\t")
     missing = [column for column in columns if column not in header]
     if missing:
-        raise InputError(f"{name}: no column {missing[0]!r}, found {header}; delete the file to download it again")
+        raise InputError(
+            f"{name}: no column {missing[0]!r}, found {list(header)}; delete the file to download it again"
+        )
     places = [header.index(column) for column in columns]
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines[skipped:], start=skipped + 1):
         if not line:
             continue
         fields = line.split("\t")
@@ -284,17 +344,6 @@ def parse_tsv(content, name, columns):
     if not rows:
         raise InputError(f"{name}: no examples in it; delete the file to download it again")
     return rows
-
-
-def to_examples(rows, task, name):
-    """Rows of (sentence 1, sentence 2, label word) as `Examples`."""
-    examples = Examples()
-    for number, (first, second, label) in rows:
-        if label not in task.labels:
-            raise InputError(f"{name}, line {number}: unknown label {label!r}; expected one of {list(task.labels)}")
-        examples.texts.append((first, second))
-        examples.labels.append(task.labels.index(label))
-    return examples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +364,7 @@ class Dataset:
         self.input_ids = [torch.tensor(encoding.ids) for encoding in encodings]
         self.segment_ids = [torch.tensor(encoding.type_ids) for encoding in encodings]
         self.labels = torch.tensor(examples.labels)
-        self.levels = torch.tensor(examples.levels)
+        self.groups = examples.groups
         self.lengths = np.array([len(ids) for ids in self.input_ids])
         self.pad_id = pad_id
 
@@ -372,7 +421,18 @@ def f1(predicted, labels):
     return 200 * true_positive / positive if true_positive else 0.0
 
 
-METRICS = {"accuracy": accuracy, "F1": f1}
+def matthews(predicted, labels):
+    """Matthews' correlation of two classes, in percent, from -100 to 100; 0 where either never varies."""
+    hits, misses = ((predicted == labels) & (labels == 1)).sum().item(), ((predicted == 0) & (labels == 1)).sum().item()
+    rejections, alarms = (
+        ((predicted == 0) & (labels == 0)).sum().item(),
+        ((predicted == 1) & (labels == 0)).sum().item(),
+    )
+    scale = (hits + misses) * (hits + alarms) * (rejections + misses) * (rejections + alarms)
+    return 100 * (hits * rejections - misses * alarms) / scale**0.5 if scale else 0.0
+
+
+METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,5 +470,5 @@ def toy_examples(count, seed):
             text, label = f"{text} but {second}{ending}", second_label if latter else label
         examples.texts.append(text)
         examples.labels.append(int(label))
-        examples.levels.append(level)
+        examples.groups.append(f"level {level}")
     return examples

@@ -15,7 +15,6 @@ import os
 import platform
 import sys
 import time
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +49,8 @@ def main(argv=None):
         args = parse_arguments(argv)
         if args.explain:
             explain(args)
+        elif args.submit:
+            submit(args)
         else:
             run(args)
     except (InputError, OSError) as error:
@@ -74,7 +75,9 @@ def parse_arguments(argv):
     parser = Parser(description="Fine-tune DACT-BERT in the two stages of the paper.")
     add, rate = parser.add_argument, number(float, 1e-12, 1e3)
     add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
-    add("--model", help="a name such as bert-base-uncased (the default) or bert-small, or a folder or zip of weights")
+    add(
+        "--model", help="a name such as bert-base-uncased (the default), bert-small or roberta-base, or a folder or zip"
+    )
     add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
     add("--out", help="folder that the run leaves (default: runs/TASK)")
     add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 12)")
@@ -90,6 +93,11 @@ def parse_arguments(argv):
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
+    add(
+        "--submit",
+        metavar="FOLDER",
+        help="write a finished run's (--out) predictions on the test set, as GLUE takes them",
+    )
     add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence or pair (run: --out)")
     args = parser.parse_args(argv)
     for name, (glue, toy) in DEFAULTS.items():
@@ -123,7 +131,7 @@ def run(args):
     torch.manual_seed(args.seed)
     stage1, tokenizer, name = starting_model(args)
     pad_id = stage1.bert.config.pad_token_id
-    max_tokens = min(args.max_tokens, stage1.bert.config.max_position_embeddings)
+    max_tokens = min(args.max_tokens, stage1.bert.config.max_tokens)
     train, dev = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}
     print(f"device     {device}, {precision} ({reason})")
@@ -325,9 +333,9 @@ def evaluate(stage1, adaptive, dev, args, device, precision):
     return {form: Answers(*said[form], seconds[form]) for form in forms}
 
 
-def scores(answers, dev, task):
-    """{metric: percent} of some Answers."""
-    return {name: data.METRICS[name](answers.labels, dev.labels) for name in data.TASKS[task].metrics}
+def scores(predicted, labels, task):
+    """{metric: percent} of predicted classes (n,) against labels (n,)."""
+    return {name: data.METRICS[name](predicted, labels) for name in data.TASKS[task].metrics}
 
 
 def blocks_used(answers, N):
@@ -345,6 +353,21 @@ def same_as_all_blocks(results, rule):
     return (results[rule].labels == results["all blocks"].labels).sum().item()
 
 
+def by_group(results, dev, args):
+    """Scores and mean blocks for each group of the dev set (the toy's levels, MNLI's two dev files), if it has any."""
+    groups = {}
+    for name in dict.fromkeys(dev.groups):
+        of_group = torch.tensor([group == name for group in dev.groups])
+        full, halted = results["stage 1"], results[args.rule]
+        groups[name] = {
+            "examples": of_group.sum().item(),
+            "full": scores(full.labels[of_group], dev.labels[of_group], args.task),
+            "dact": scores(halted.labels[of_group], dev.labels[of_group], args.task),
+            "mean_blocks": halted.exit_block[of_group].double().mean().item(),
+        }
+    return groups
+
+
 def report(results, train, dev, args, N):
     """The tables at the end of a run."""
     metrics = data.TASKS[args.task].metrics
@@ -355,7 +378,8 @@ def report(results, train, dev, args, N):
     rows |= {"DACT, rule (4)": results["paper"], "DACT, exact rule": results["exact"]}
     rows |= {"untrained halting": results["control"]}
     for title, answers in rows.items():
-        line = f"{title:<26}" + "".join(f"{value:>9.1f}%" for value in scores(answers, dev, args.task).values())
+        found = scores(answers.labels, dev.labels, args.task)
+        line = f"{title:<26}" + "".join(f"{value:>9.1f}%" for value in found.values())
         if answers is not majority:
             saved = blocks_used(answers, N)["saved"]
             line += f"{saved:>14.1f}%{answers.seconds:>10.2f}{full.seconds / answers.seconds:>10.2f}x"
@@ -363,27 +387,25 @@ def report(results, train, dev, args, N):
     for rule in dact.RULES:
         same = same_as_all_blocks(results, rule)
         print(f"rule {rule!r}: the answer of all blocks on {same} of {len(dev)} dev examples")
-    if len(dev.levels):
-        print(f"\nlevel   examples   stage 1   DACT ({args.rule} rule)   mean blocks")
-        for level in dev.levels.unique().tolist():
-            of_level, halted = dev.levels == level, results[args.rule]
-            first = data.accuracy(full.labels[of_level], dev.labels[of_level])
-            second = data.accuracy(halted.labels[of_level], dev.labels[of_level])
-            blocks = halted.exit_block[of_level].double().mean().item()
-            print(f"{level:>5}{of_level.sum().item():>11}{first:>9.1f}%{second:>18.1f}%{blocks:>14.2f}")
+    if dev.groups:
+        print(f"\n{'group':<12}examples   stage 1   DACT ({args.rule} rule)   mean blocks")
+        for name, group in by_group(results, dev, args).items():
+            first, second = group["full"][metrics[0]], group["dact"][metrics[0]]
+            print(f"{name:<12}{group['examples']:>8}{first:>9.1f}%{second:>18.1f}%{group['mean_blocks']:>14.2f}")
 
 
 def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     """metrics.json: what was run, and what came of it."""
-    rules = {rule: scores(results[rule], dev, args.task) | blocks_used(results[rule], N) for rule in dact.RULES}
+    forms = {form: scores(answers.labels, dev.labels, args.task) for form, answers in results.items()}
+    rules = {rule: forms[rule] | blocks_used(results[rule], N) for rule in dact.RULES}
     for rule in dact.RULES:
         rules[rule]["same_as_all_blocks"] = same_as_all_blocks(results, rule)
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
     settings = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "head_lr", "halt_bias")}
     content = {
         "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **settings,
-        "precision": precision, "full": scores(results["stage 1"], dev, args.task), "dact": rules[args.rule],
-        "rules": rules, "control": scores(results["control"], dev, args.task) | blocks_used(results["control"], N),
+        "precision": precision, "full": forms["stage 1"], "dact": rules[args.rule], "rules": rules,
+        "control": forms["control"] | blocks_used(results["control"], N), "groups": by_group(results, dev, args),
         "seconds": seconds, "versions": versions,
     }  # fmt: skip
     write_whole(args.out / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -416,18 +438,13 @@ def load_run(path, stage, task):
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a run that finished this stage")
+    saved = bert.load_pickle(path, path)
     try:
-        with zipfile.ZipFile(path) as zipped:  # a .pt file is a zip; torch.load does not look at its checksums
-            if zipped.testzip():
-                raise ValueError("damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["task"], saved["stage"]
         tokenizer = Tokenizer.from_str(saved["tokenizer"])
         name, max_tokens, state = saved["model"], saved["max_tokens"], saved["state"]
-    except Exception as error:  # torch and tokenizers raise many kinds for a file that is not their own
-        raise InputError(
-            f"{path}: not a file of a run, or damaged ({type(error).__name__}); name another run"
-        ) from None
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"{path}: not a file of a run ({type(error).__name__}); name another one") from None
     if found != (task, stage):
         raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, expected stage {stage} on {task!r}")
     config = bert.BertConfig.from_dict(saved["config"], str(path))
@@ -442,6 +459,35 @@ def load_run(path, stage, task):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A finished run on GLUE's test set, whose labels only its server knows
+
+
+@torch.no_grad()
+def submit(args):
+    """Write FOLDER/<task>.tsv: a finished run's answers by early exit, one line (index, label word) per test example."""
+    device = pick_device()
+    precision, _ = pick_precision(device, args.precision)
+    examples = data.load_test(args.task, args.data)
+    model, tokenizer, _, max_tokens = load_run(args.out / "dact.pt", 2, args.task)
+    model.to(device).eval()
+    test = data.Dataset(examples, tokenizer, max_tokens, model.backbone.config.pad_token_id)
+    predicted, exit_block = torch.zeros(len(test), dtype=torch.long), torch.zeros(len(test), dtype=torch.long)
+    for indices in data.evaluation_batches(test.lengths, args.batch):
+        inputs = (x.to(device) for x in test.batch(indices)[0])
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            halted = model.early_exit(*inputs, rule=dact.RULES[args.rule])
+        predicted[indices], exit_block[indices] = halted.label.cpu(), halted.exit_block.cpu()
+    folder, words = Path(args.submit), data.TASKS[args.task].labels
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(examples.groups):
+        rows = [words[i] for i, group in zip(predicted.tolist(), examples.groups) if group == name]
+        text = "".join(f"{i}\t{word}\n" for i, word in enumerate(rows))
+        write_whole(folder / f"{name}.tsv", lambda file, text=text: file.write(f"index\tprediction\n{text}".encode()))
+        print(f"saved      {folder / name}.tsv, {len(rows)} predictions")
+    print(f"mean block {exit_block.double().mean().item():.2f} of {len(model.backbone.blocks)} ({args.rule} rule)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The equations at work on one sentence
 
 
@@ -449,7 +495,7 @@ def load_run(path, stage, task):
 def explain(args):
     """Print, for each block of a finished run, y_n, h_n, p_n, a_n and both sides of the rules, and where each stops."""
     task = data.find_task(args.task)
-    wanted = 2 if task.columns else 1
+    wanted = max(1, len(task.texts))  # the toy task has no files, and one text
     if len(args.explain) != wanted:
         raise InputError(f"--explain takes {wanted} text(s) of {args.task}, found {len(args.explain)}; quote each one")
     text = args.explain[0] if wanted == 1 else tuple(args.explain)

@@ -1,7 +1,8 @@
-"""What tests run on: real weights and data where there are any; small checkpoints as Google and the hub write them."""
+"""What tests run on: real files where there are any; small checkpoints and tasks as Google, the hub and GLUE write them."""
 
 import json
 import os
+import random
 import struct
 import zipfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import RobertaConfig, RobertaModel
 
 import bert
 
@@ -139,3 +142,99 @@ def write_hugging_face(folder, tensors, config=CONFIG, vocab=VOCAB):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
     return folder
+
+
+def write_roberta(folder, safe=True, vocab=None, seed=0):
+    """A small random RoBERTa as `transformers` saves it: (folder, the model). vocab: (vocab.json, merges.txt) as texts.
+
+    Without a vocab its tokenizer knows the bytes and two merges. safe: model.safetensors, else pytorch_model.bin.
+    """
+    if vocab is None:
+        merges = [("t", "h"), ("th", "e"), ("\u0120", "the")]  # U+0120 stands for a space
+        tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "th", "the", "\u0120the", "<mask>"]
+        ids = {token: i for i, token in enumerate(tokens)}
+        vocab = json.dumps(ids), "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
+    torch.manual_seed(seed)
+    config = RobertaConfig(
+        vocab_size=len(json.loads(vocab[0])), hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5,
+    )  # fmt: skip
+    reference = RobertaModel(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():  # away from the start, where biases and positions hardly matter
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    folder.mkdir(parents=True, exist_ok=True)
+    if safe:
+        reference.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        torch.save(
+            {f"roberta.{name}": tensor for name, tensor in reference.state_dict().items()}, folder / "pytorch_model.bin"
+        )
+    (folder / "vocab.json").write_text(vocab[0])
+    (folder / "merges.txt").write_text(vocab[1])
+    return folder, reference
+
+
+# GLUE's files as they are: {file: (first line, a row, end of a line)}, spelt out to check data.py's own table.
+MNLI_TEXT = "promptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
+MNLI_HEAD, MNLI_ROW = f"index\t{MNLI_TEXT}\tsentence1\tsentence2", "{i}\t1\t1n\tfiction\t( x )\t( y )\tx\ty\t{a}\t{b}"
+MNLI_DEV = (MNLI_HEAD + "\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label", MNLI_ROW + "\tx\tx\tx\tx\tx\t{label}")
+PAIRS = {
+    "train.tsv": ("index\tsentence1\tsentence2\tlabel", "{i}\t{a}\t{b}\t{label}"),
+    "dev.tsv": ("index\tsentence1\tsentence2\tlabel", "{i}\t{a}\t{b}\t{label}"),
+    "test.tsv": ("index\tsentence1\tsentence2", "{i}\t{a}\t{b}"),
+}
+GLUE = {
+    "CoLA": {
+        "train.tsv": ("", "gj04\t{label}\t*\t{a}"),
+        "dev.tsv": ("", "gj04\t{label}\t*\t{a}"),
+        "test.tsv": ("index\tsentence", "{i}\t{a}"),
+    },
+    "SST-2": {
+        "train.tsv": ("sentence\tlabel", "{a} \t{label}"),
+        "dev.tsv": ("sentence\tlabel", "{a} \t{label}"),
+        "test.tsv": ("index\tsentence", "{i}\t{a}"),
+    },
+    "QQP": {
+        "train.tsv": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "{i}\t7\t8\t{a}\t{b}\t{label}"),
+        "dev.tsv": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "{i}\t7\t8\t{a}\t{b}\t{label}"),
+        "test.tsv": ("id\tquestion1\tquestion2", "{i}\t{a}\t{b}"),
+    },
+    "MNLI": {
+        "train.tsv": (MNLI_HEAD + "\tlabel1\tgold_label", MNLI_ROW + "\tx\t{label}"),
+        "dev_matched.tsv": MNLI_DEV,
+        "dev_mismatched.tsv": MNLI_DEV,
+        "test_matched.tsv": (MNLI_HEAD, MNLI_ROW),
+        "test_mismatched.tsv": (MNLI_HEAD, MNLI_ROW),
+    },
+    "QNLI": {file: (head.replace("sentence1", "question").replace("sentence2", "sentence"), row) for file, (head, row) in PAIRS.items()},
+    "RTE": PAIRS,
+    "WNLI": PAIRS,
+}  # fmt: skip
+WORDS = {
+    "MNLI": ("neutral", "entailment", "contradiction"),
+    "RTE": ("not_entailment", "entailment"),
+    "QNLI": ("not_entailment", "entailment"),
+}
+
+
+def write_glue(folder, name, examples=40):
+    """A small task in GLUE's own format: the second sentence repeats the first, says something else, or a third thing.
+
+    Returns ({file: [(first, second, label word)]}), what was written.
+    """
+    rng, written = random.Random(0), {}
+    (folder / name).mkdir(parents=True)
+    words = WORDS.get(name, ("0", "1"))
+    for file, (header, row) in GLUE[name].items():
+        written[file] = []
+        for i in range(examples):
+            first = " ".join(rng.choices([*"efghij", '"'], k=rng.randint(2, 9)))
+            kind = rng.randrange(len(words))
+            second = (" ".join(rng.choices("abcd", k=4)), first, "not " + first)[kind]
+            written[file].append((first, second, words[kind]))
+        lines = [row.format(i=i, a=a, b=b, label=label) for i, (a, b, label) in enumerate(written[file])]
+        end = "" if (name, file) == ("CoLA", "dev.tsv") else "\n"
+        (folder / name / file).write_text("\n".join([header] * bool(header) + lines) + end)
+    return written

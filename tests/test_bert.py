@@ -15,25 +15,31 @@ from fakes import (
     needs_assets,
     write_google,
     write_hugging_face,
+    write_roberta,
     zip_folder,
 )
 from transformers import BertConfig as ReferenceConfig
-from transformers import BertModel, BertTokenizer, PreTrainedTokenizerFast
+from transformers import BertModel, BertTokenizer, PreTrainedTokenizerFast, RobertaModel, RobertaTokenizer
 
 import bert
+import dact
 import data
 from data import InputError
 
 MODELS = ASSETS / "models"
+ROBERTA = ASSETS / "roberta-tokenizer"
 
 
 def real_batch(tokenizer, pad_id, max_tokens=128):
     """Pairs of RTE's dev set, padded, with both segments (also where the tokenizer numbers them all 0)."""
     _, dev = data.load_task("rte", ASSETS / "glue")
     dataset = data.Dataset(data.Examples(dev.texts[:24], dev.labels[:24]), tokenizer, max_tokens, pad_id)
-    (input_ids, _, mask), _ = dataset.batch(np.arange(24))
+    (input_ids, segment_ids, mask), _ = dataset.batch(np.arange(24))
+    assert not mask.all()
+    if pad_id == 1 and tokenizer.token_to_id("<s>") is not None:  # RoBERTa has one segment
+        return input_ids, segment_ids, mask
     segment_ids = (torch.arange(mask.shape[1]) > mask.sum(1, keepdim=True) // 2).long() * mask
-    assert not mask.all() and segment_ids.any()
+    assert segment_ids.any()
     return input_ids, segment_ids, mask
 
 
@@ -135,16 +141,73 @@ def test_a_genuine_index_of_google():
     assert max(entry.offset + entry.size for entry in entries.values()) == 166_673_648  # the data file's known size
 
 
-def test_padding_changes_no_answer(tmp_path):
-    model, _ = bert.load_pretrained(write_google(tmp_path / "google", google_arrays()), 3)
-    model.eval()
-    input_ids, segment_ids = torch.randint(len(VOCAB), (4, 7)), torch.randint(2, (4, 7))
-    wide = [torch.nn.functional.pad(x, (0, 5), value=1) for x in (input_ids, segment_ids)]
-    mask = torch.arange(12).expand(4, 12) < 7
-    hidden, padded = model.bert.embed(input_ids, segment_ids), model.bert.embed(*wide)
+def roberta_vocab():
+    return tuple((ROBERTA / name).read_text("utf-8") for name in ("vocab.json", "merges.txt"))
+
+
+@needs_assets
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_roberta_equals_transformers_on_real_pairs(tmp_path, safe):
+    folder, reference = write_roberta(tmp_path / "hub", safe, roberta_vocab())
+    model, tokenizer = bert.load_pretrained(folder, 2)
+    assert model.bert.config.first_position == 2 and model.bert.config.layer_norm_eps == 1e-5
+    assert_same_hidden_states(model.bert, reference, *real_batch(tokenizer, 1))
+    if safe:
+        again = RobertaModel.from_pretrained(folder)
+        assert_same_hidden_states(model.bert, again, *real_batch(tokenizer, 1))
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_small_roberta_equals_transformers(tmp_path, safe):
+    folder, reference = write_roberta(tmp_path / "hub", safe)
+    model, tokenizer = bert.load_pretrained(folder, 2)
+    texts = [("the cat", "sat on the mat"), ("a", "b <pad> c")]  # a pad token inside a text counts as no position
+    dataset = data.Dataset(data.Examples(texts, [0, 1]), tokenizer, 128, 1)
+    assert_same_hidden_states(model.bert, reference, *dataset.batch(np.arange(2))[0])
+
+
+@needs_assets
+@pytest.mark.parametrize("task", ["rte", "mrpc"])
+def test_roberta_token_ids_equal_transformers(task):
+    tokenizer = bert.read_tokenizer(ROBERTA, bert.list_files(ROBERTA))
+    reference = RobertaTokenizer.from_pretrained(ROBERTA)
+    _, dev = data.load_task(task, ASSETS / "glue")
+    for max_tokens in (512, 40):  # whole, and cut
+        dataset = data.Dataset(dev, tokenizer, max_tokens, 1)
+        pairs = [a for a, _ in dev.texts], [b for _, b in dev.texts]
+        expected = reference(*pairs, truncation=True, max_length=max_tokens)["input_ids"]
+        assert [ids.tolist() for ids in dataset.input_ids] == expected
+    assert tokenizer.encode("Hello world!").ids == [0, 31414, 232, 328, 2]  # as in RoBERTa's own examples
+
+
+def test_roberta_pairs_and_segments(tmp_path):
+    _, tokenizer = bert.load_pretrained(write_roberta(tmp_path / "hub")[0], 2)
+    encoding = tokenizer.encode("the", "a the")
+    assert encoding.tokens == ["<s>", "the", "</s>", "</s>", "a", "\u0120the", "</s>"]
+    assert encoding.type_ids == [0] * 7
+    assert tokenizer.encode("x <mask>").ids[2] == tokenizer.token_to_id("<mask>")  # the mask takes its space along
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_padding_changes_no_answer(tmp_path, kind):
+    """Hidden states, answers and halting values of every block, alone and beside a longer sequence's padding."""
+    folder = write_google(tmp_path / "m", google_arrays()) if kind == "bert" else write_roberta(tmp_path / "m")[0]
+    model, tokenizer = bert.load_pretrained(folder, 3)
+    dataset = data.Dataset(data.Examples([("the cat", "sat"), ("the", "the " * 30)], [0, 1]), tokenizer, 128,
+                           model.bert.config.pad_token_id)  # fmt: skip
+    adaptive = dact.DactBert(model.bert, model.classifier).eval()
+    torch.nn.init.normal_(adaptive.halts[0].weight)
+    (alone, _), (padded, _) = dataset.batch(np.array([0])), dataset.batch(np.array([0, 1]))
+    length = alone[0].shape[1]
+    assert padded[0].shape[1] > length + 10
+    for said, with_padding in zip(adaptive(*alone), adaptive(*padded)):  # y (N, B, C), h (N, B)
+        torch.testing.assert_close(with_padding[:, :1], said, atol=1e-6, rtol=0)
+    hidden, wide = model.bert.embed(*alone[:2]), model.bert.embed(*padded[:2])
+    torch.testing.assert_close(wide[:1, :length], hidden, atol=1e-6, rtol=0)
     for block in model.bert.blocks:
-        hidden, padded = block(hidden, mask[:, :7]), block(padded, mask)
-        torch.testing.assert_close(padded[:, :7], hidden)
+        hidden, wide = block(hidden, alone[2]), block(wide, padded[2])
+        torch.testing.assert_close(wide[:1, :length], hidden, atol=2e-6, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,3 +453,76 @@ def test_damaged_zip(tmp_path, weights):
     central = content.index(b"PK\x01\x02")  # the zip's table of contents
     zipped.write_bytes(content[:central] + bytes(4) + content[central + 4 :])
     refuse(zipped, "not a sound zip")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of RoBERTa's layout
+
+
+@pytest.fixture
+def roberta(tmp_path):
+    return write_roberta(tmp_path / "roberta", safe=False)[0]
+
+
+def test_prefixes_and_the_language_model_head_are_passed_over(roberta):
+    expected, _ = bert.load_pretrained(roberta, 2)
+    weights = torch.load(roberta / "pytorch_model.bin")
+    bare = {name.removeprefix("roberta."): tensor for name, tensor in weights.items()}
+    torch.save(
+        bare | {"lm_head.bias": torch.zeros(3)}, roberta / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
+    assert_same_weights(bert.load_pretrained(roberta, 2)[0], expected)  # also: the format of before torch 1.6
+
+
+def test_bad_bin(roberta, tmp_path):
+    file = roberta / "pytorch_model.bin"
+    content, weights = file.read_bytes(), torch.load(file)
+    middle = len(content) // 2
+    for broken in (
+        content[:-100],
+        content[:100],
+        b"",
+        b"x" * 50,
+        content[:middle] + b"\x55" * 9 + content[middle + 9 :],
+    ):
+        file.write_bytes(broken)
+        refuse(roberta, "pytorch_model.bin", "damaged")
+    torch.save([1, 2], file)
+    refuse(roberta, "no dictionary of tensors")
+    torch.save(weights | {"roberta.extra": torch.zeros(2)}, file)
+    refuse(roberta, "no place", "extra")
+    torch.save(weights | {"roberta.extra": torch.zeros(2, dtype=torch.int8)}, file)
+    refuse(roberta, "roberta.extra is torch.int8")
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+
+    torch.save(weights | {"evil": Evil()}, file)
+    refuse(roberta, "pytorch_model.bin")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_bad_byte_level_vocabulary(roberta):
+    ids = json.loads((roberta / "vocab.json").read_text())
+    for vocab, word in (
+        ([1], "does not number tokens"),
+        ({"a": "b"}, "does not number tokens"),
+        ({"a": -1}, "does not number tokens"),
+        ({"a": 0}, "no <s>"),
+        (ids | {"more": len(ids)}, f"token {len(ids)}"),
+        ({token: i for token, i in ids.items() if token != "th"}, "does not fit merges.txt"),
+    ):
+        (roberta / "vocab.json").write_text(json.dumps(vocab))
+        refuse(roberta, word)
+    (roberta / "vocab.json").write_text(json.dumps(ids))
+    (roberta / "merges.txt").write_text("t h e\n")
+    refuse(roberta, "merges.txt")
+    (roberta / "merges.txt").unlink()
+    refuse(roberta, "neither tokenizer.json, nor vocab.json")
+
+
+def test_too_few_positions_for_roberta(roberta):
+    config = json.loads((roberta / "config.json").read_text())
+    (roberta / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))
+    refuse(roberta, "max_position_embeddings 2")

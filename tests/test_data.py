@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import ASSETS, google_arrays, needs_assets, write_google, zip_folder
+from fakes import ASSETS, GLUE, google_arrays, needs_assets, write_glue, write_google, write_roberta, zip_folder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -222,6 +222,22 @@ def test_google_model_is_downloaded_once(server, tmp_path, monkeypatch):
     assert len(model.bert.blocks) == 2 and len(server.seen) == 1
 
 
+def test_roberta_is_downloaded_file_by_file(server, tmp_path, monkeypatch):
+    folder, _ = write_roberta(tmp_path / "hub")
+    place, files = bert.HUB_MODELS["roberta-large"]  # no sums: the files of the test are not Meta's
+    for name in files:
+        server.files[f"/{place}{name}"] = (folder / name).read_bytes()
+    monkeypatch.setattr(bert, "HUB_URL", server.url("/"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        model, _ = bert.load_pretrained("roberta-large", 2)
+    assert len(model.bert.blocks) == 3 and len(server.seen) == len(files) == 4
+    for name in bert.HUB_MODELS["roberta-base"][1]:
+        server.files[f"/{bert.HUB_MODELS['roberta-base'][0]}{name}"] = b"not Meta's"
+    with pytest.raises(InputError, match="vocab.json: its sha256 is"):
+        bert.load_pretrained("roberta-base", 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsing
 
@@ -233,6 +249,48 @@ def test_real_files_are_read_whole(task, sizes):
     assert (len(train.texts), len(dev.texts)) == sizes
     positive = {"rte": 146, "mrpc": 129, "qnli": 2702}[task]  # dev examples of class 0
     assert dev.labels.count(0) == positive
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_every_task_in_its_own_format(tmp_path, name):
+    written = write_glue(tmp_path, name)
+    task = data.TASKS[name.lower()]
+
+    def expected(file):
+        for first, second, label in written[file]:
+            first += " " * (name == "SST-2" and file != "test.tsv")
+            yield (first, second) if len(task.texts) == 2 else first, label
+
+    train, dev = data.load_task(name.lower(), tmp_path)
+    test = data.load_test(name.lower(), tmp_path)
+    parts = ("_matched", "_mismatched") if name == "MNLI" else ("",)
+    for split, files in (
+        (train, ["train.tsv"]),
+        (dev, [f"dev{p}.tsv" for p in parts]),
+        (test, [f"test{p}.tsv" for p in parts]),
+    ):
+        rows = [row for file in files for row in expected(file)]
+        assert split.texts == [texts for texts, _ in rows]
+        assert split is test or [task.labels[i] for i in split.labels] == [label for _, label in rows]
+    assert dev.groups == (["matched"] * 40 + ["mismatched"] * 40 if name == "MNLI" else [])
+    assert list(dict.fromkeys(test.groups)) == (["MNLI-m", "MNLI-mm"] if name == "MNLI" else [name])
+
+
+@needs_assets
+@pytest.mark.parametrize("task, size", [("rte", 3000), ("mrpc", 1725)])
+def test_real_test_files(task, size):
+    test = data.load_test(task, ASSETS / "glue")
+    assert len(test.texts) == size and set(test.groups) == {task.upper()}
+
+
+def test_a_regression_is_refused_with_the_reason():
+    with pytest.raises(InputError, match="STS-B is a regression.*no classes.*cola"):
+        data.find_task("sts-b")
+
+
+def test_the_toy_task_has_no_test_set(tmp_path):
+    with pytest.raises(InputError, match="no test set"):
+        data.load_test("toy", tmp_path)
 
 
 MRPC_HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
@@ -285,7 +343,7 @@ def test_bad_tsv(tmp_path, content, words):
 
 
 def test_unknown_task(tmp_path):
-    with pytest.raises(InputError, match="unknown task 'rtee'; choose one of: toy, rte"):
+    with pytest.raises(InputError, match="unknown task 'rtee'; choose one of: toy, cola"):
         data.load_task("rtee", tmp_path)
 
 
@@ -327,6 +385,12 @@ def test_metrics_by_hand():
     assert data.accuracy(predicted, labels) == pytest.approx(60)
     assert data.f1(predicted, labels) == pytest.approx(100 * 2 / 3)  # precision 2/3, recall 2/3
     assert data.f1(torch.zeros(5), labels) == 0
+    # 2 hits, 1 miss, 1 rejection, 1 false alarm: (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2) = 1 / 6
+    assert data.matthews(predicted, labels) == pytest.approx(100 / 6)
+    assert data.matthews(predicted, 1 - predicted) == -100 and data.matthews(labels, labels) == 100
+    assert data.matthews(torch.ones(5), labels) == 0
+    three = torch.tensor([0, 1, 2, 2])
+    assert data.accuracy(three, torch.tensor([0, 1, 2, 0])) == 75
     mrpc_dev = torch.tensor([1] * 279 + [0] * 129)  # the majority class on MRPC's dev set
     assert data.f1(torch.ones(408), mrpc_dev) == pytest.approx(81.22, abs=0.01)
 
@@ -346,9 +410,9 @@ def pleases(text):
 def test_toy_labels_and_levels():
     examples = data.toy_examples(900, seed=5)
     assert [bool(label) for label in examples.labels] == [pleases(text) for text in examples.texts]
-    for text, level in zip(examples.texts, examples.levels):
-        assert ("but" in text) == (level > 1) and (text.endswith(" counts")) == (level == 3)
-    assert [examples.levels.count(level) for level in (1, 2, 3)] == [300, 300, 300]
+    for text, group in zip(examples.texts, examples.groups):
+        assert ("but" in text) == (group != "level 1") and (text.endswith(" counts")) == (group == "level 3")
+    assert [examples.groups.count(f"level {level}") for level in (1, 2, 3)] == [300, 300, 300]
     assert 0.4 < np.mean(examples.labels) < 0.6
     assert set(" ".join(examples.texts).split()) <= set(data.TOY_WORDS)
     assert data.toy_examples(900, seed=5) == examples != data.toy_examples(900, seed=6)

@@ -1,11 +1,10 @@
 """train.py end to end on small things: what a run leaves, what it says, and what it refuses."""
 
 import json
-import random
 
 import pytest
 import torch
-from fakes import google_arrays, write_google
+from fakes import ASSETS, google_arrays, needs_assets, write_glue, write_google, write_roberta
 
 import dact
 import data
@@ -18,21 +17,6 @@ def toy_run(tmp_path_factory):
     """A short run on the toy task: the folder."""
     folder = tmp_path_factory.mktemp("toy")
     assert train.main(["--epochs", "1", "--precision", "float32", "--out", str(folder)]) == 0
-    return folder
-
-
-def write_rte(folder, examples=40):
-    """A small RTE in GLUE's own format: entailment where both sentences are the same."""
-    rng = random.Random(0)
-    (folder / "RTE").mkdir(parents=True)
-    for split in ("train", "dev"):
-        lines = ["index\tsentence1\tsentence2\tlabel"]
-        for i in range(examples):
-            first = " ".join(rng.choices("abcdefghij", k=rng.randint(2, 9)))
-            same = rng.random() < 0.5
-            second = first if same else " ".join(rng.choices("abcdefghij", k=4))
-            lines.append(f"{i}\t{first}\t{second}\t{'entailment' if same else 'not_entailment'}")
-        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -107,13 +91,71 @@ def test_explain_shows_the_equations(toy_run, capsys):
 
 
 def test_glue_task_with_a_pretrained_model(tmp_path, capsys):
-    model, folder = write_google(tmp_path / "model", google_arrays()), write_rte(tmp_path / "glue")
+    model, folder = write_google(tmp_path / "model", google_arrays()), tmp_path / "glue"
+    write_glue(folder, "RTE")
     argv = ["--task", "rte", "--model", model, "--data", folder, "--out", tmp_path / "out", "--epochs", "1"]
     assert train.main([str(word) for word in argv]) == 0
     out = capsys.readouterr().out
     assert "majority class" in out and "40 training and 40 dev examples" in out
     assert train.main(["--task", "rte", "--out", str(tmp_path / "out"), "--explain", "a b c", "a b c"]) == 0
     assert "[CLS] a b c [SEP] a b c [SEP]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["RTE", "MNLI", "CoLA"])  # pairs; three classes and two dev files; one sentence
+def test_roberta_through_both_stages_and_to_the_server(tmp_path, capsys, name):
+    model, _ = write_roberta(tmp_path / "model")
+    written = write_glue(tmp_path / "glue", name)
+    argv = ["--task", name.lower(), "--data", str(tmp_path / "glue"), "--out", str(tmp_path / "out")]
+    assert train.main([*argv, "--model", str(model), "--epochs", "1", "--batch", "16"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metric = {"CoLA": "Matthews"}.get(name, "accuracy")
+    assert -100 <= metrics["dact"][metric] <= 100 and metrics["rules"]["exact"]["same_as_all_blocks"] == metrics_size(
+        metrics
+    )
+    if name == "MNLI":
+        assert metrics["groups"].keys() == {"matched", "mismatched"} and metrics_size(metrics) == 80
+        halves = [group["dact"]["accuracy"] for group in metrics["groups"].values()]
+        assert metrics["dact"]["accuracy"] == pytest.approx(sum(halves) / 2)
+        assert "matched" in capsys.readouterr().out
+    assert train.main([*argv, "--submit", str(tmp_path / "answers")]) == 0
+    files = {file.name: file.read_text().splitlines() for file in (tmp_path / "answers").iterdir()}
+    assert files.keys() == ({"MNLI-m.tsv", "MNLI-mm.tsv"} if name == "MNLI" else {f"{name}.tsv"})
+    words = {word for _, _, word in written["train.tsv"]}
+    for lines in files.values():
+        assert lines[0] == "index\tprediction" and len(lines) == 41
+        assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(40)]
+        assert {line.split("\t")[1] for line in lines[1:]} <= words
+
+
+def metrics_size(metrics):
+    return sum(metrics["dact"]["exit_histogram"])
+
+
+@needs_assets
+def test_small_roberta_on_the_real_rte(tmp_path):
+    vocab = tuple((ASSETS / "roberta-tokenizer" / name).read_text("utf-8") for name in ("vocab.json", "merges.txt"))
+    model, _ = write_roberta(tmp_path / "model", vocab=vocab)
+    argv = ["--task", "rte", "--data", str(ASSETS / "glue"), "--out", str(tmp_path / "out")]
+    assert train.main([*argv, "--model", str(model), "--epochs", "0.2"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics_size(metrics) == 277 and metrics["rules"]["exact"]["same_as_all_blocks"] == 277
+    assert train.main([*argv, "--submit", str(tmp_path)]) == 0
+    assert len((tmp_path / "RTE.tsv").read_text().splitlines()) == 3001
+
+
+def test_submitted_answers_are_those_of_early_exit(tmp_path):
+    """The test file made a copy of the dev file: the share of right answers is the accuracy that the run measured."""
+    (model, _), folder = write_roberta(tmp_path / "model"), tmp_path / "glue"
+    written = write_glue(folder, "RTE")
+    dev = (folder / "RTE" / "dev.tsv").read_text().splitlines()
+    (folder / "RTE" / "test.tsv").write_text("\n".join(line.rsplit("\t", 1)[0] for line in dev) + "\n")
+    argv = ["--task", "rte", "--data", str(folder), "--out", str(tmp_path / "out")]
+    assert train.main([*argv, "--model", str(model), "--epochs", "20", "--lr", "3e-3", "--batch", "8"]) == 0
+    assert train.main([*argv, "--submit", str(tmp_path)]) == 0
+    answers = [line.split("\t")[1] for line in (tmp_path / "RTE.tsv").read_text().splitlines()[1:]]
+    right = sum(answer == label for answer, (_, _, label) in zip(answers, written["dev.tsv"]))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["dact"]["accuracy"] == pytest.approx(100 * right / 40) and len(set(answers)) == 2
 
 
 def test_interruption_keeps_stage_1(tmp_path, capsys, monkeypatch):
@@ -179,7 +221,9 @@ def test_run_in_bfloat16_by_the_exact_rule(tmp_path):
 
 
 def test_unknown_task_and_model(tmp_path, capsys):
-    assert "unknown task 'cola'" in fails(capsys, "--task", "cola", "--out", tmp_path)
+    assert "unknown task 'copa'" in fails(capsys, "--task", "copa", "--out", tmp_path)
+    assert "STS-B is a regression" in fails(capsys, "--task", "sts-b", "--out", tmp_path)
+    assert "no test set" in fails(capsys, "--submit", tmp_path / "x", "--out", tmp_path)
     assert "unknown model 'bort'" in fails(capsys, "--task", "rte", "--model", "bort", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -196,7 +240,8 @@ def test_bad_flags(flag, value, capsys, tmp_path):
 
 
 def test_bad_files_reach_the_user_as_one_line(tmp_path, capsys):
-    model, folder = write_google(tmp_path / "model", google_arrays()), write_rte(tmp_path / "glue")
+    model, folder = write_google(tmp_path / "model", google_arrays()), tmp_path / "glue"
+    write_glue(folder, "RTE")
     (model / "bert_model.ckpt.data-00000-of-00001").unlink()
     argv = ["--task", "rte", "--model", model, "--data", folder, "--out", tmp_path / "out"]
     assert "data-00000-of-00001 is missing" in fails(capsys, *argv)
@@ -209,7 +254,7 @@ def test_bad_files_reach_the_user_as_one_line(tmp_path, capsys):
 def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     assert "dact.pt: no such file" in fails(capsys, "--out", tmp_path, "--explain", "x")
     (tmp_path / "dact.pt").write_bytes(b"not a checkpoint")
-    assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    assert "not a file of torch.save" in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "dact.pt")
     assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "a run on 'toy'" in fails(capsys, "--task", "rte", "--out", toy_run, "--explain", "x", "y")
@@ -230,7 +275,7 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
             return (open, (str(tmp_path / "evil"), "w"))
 
     torch.save({"task": "toy", "evil": Evil()}, tmp_path / "stage1.pt")
-    with pytest.raises(InputError, match="not a file of a run"):
+    with pytest.raises(InputError, match="not a file of torch.save"):
         train.load_run(tmp_path / "stage1.pt", 1, "toy")
     assert not (tmp_path / "evil").exists()
 
@@ -244,8 +289,7 @@ def test_majority_row_and_f1():
     """The majority class of MRPC's dev set scores F1 81.2 and accuracy 68.4 by itself."""
     labels = torch.tensor([1] * 279 + [0] * 129)
     answers = train.Answers(torch.ones_like(labels), torch.ones_like(labels), 0.0)
-    dev = type("Dev", (), {"labels": labels})
-    scores = train.scores(answers, dev, "mrpc")
+    scores = train.scores(answers.labels, labels, "mrpc")
     assert scores == {"F1": pytest.approx(81.2, abs=0.05), "accuracy": pytest.approx(68.4, abs=0.05)}
     assert train.blocks_used(answers, 12)["saved"] == pytest.approx(100 * 11 / 12)
     assert data.TASKS["mrpc"].metrics[0] == "F1"
