@@ -147,10 +147,10 @@ class DactBert(nn.Module):
 
     backbone: see the top of this file; its weights are used, not copied.
     classifier: a module from [CLS] vectors (B, D) to logits (B, C); each block gets a copy of it as its answer head.
-    halt_bias: how steeply the initial biases of the halting neurons fall with depth: halt_bias (1 - 2 n / N) at n.
+    halt_bias: how steeply the initial biases of the halting neurons fall with depth: halt_bias (1 - 2.5 n / N) at n.
     """
 
-    def __init__(self, backbone, classifier, halt_bias=4.0):
+    def __init__(self, backbone, classifier, halt_bias=8.0):
         super().__init__()
         self.backbone = backbone
         # CHOICE: the paper says "linear layers". As in DeeBERT's off-ramps, on whose code it was built, an answer head
@@ -164,7 +164,7 @@ class DactBert(nn.Module):
             # input. With one bias for all, p_n falls geometrically from the start: at h = 0.5 blocks 1-3 hold 77 % of
             # a_N, know nothing of the task yet, and the answer can lock at the majority class.
             nn.init.zeros_(halt.weight)
-            nn.init.constant_(halt.bias, halt_bias * (1 - 2 * n / N))  # h_n = 0.5 half-way
+            nn.init.constant_(halt.bias, halt_bias * (1 - 2.5 * n / N))  # h_n = 0.5 at n = 0.4 N
 
     def head(self, n, hidden):
         """Block n's (from 1) answer and halting value, read off the [CLS] vector: y_n (B, C), h_n (B,)."""

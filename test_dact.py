@@ -293,8 +293,8 @@ def test_heads_start_as_told():
     classifier = nn.Linear(8, 3)
     model = dact.DactBert(Backbone(4), classifier, halt_bias=2.0)
     _, h = model(torch.randint(20, (5, 7)), torch.ones(5, 7, dtype=torch.bool))
-    # sigmoid of the biases 2 (1 - 2 n / 4) = 1, 0, -1, -2
-    expected = torch.tensor([0.7310585786, 0.5, 0.2689414214, 0.1192029220])
+    # sigmoid of the biases 2 (1 - 2.5 n / 4) = 0.75, -0.5, -1.75, -3
+    expected = torch.tensor([0.6791786992, 0.3775406688, 0.1480471981, 0.0474258732])
     torch.testing.assert_close(h, expected[:, None].expand(4, 5))
     weights = [classifier.weight] + [copy.weight for copy in model.classifiers]
     assert all(torch.equal(weight, weights[0]) for weight in weights)

@@ -13,13 +13,13 @@ import copy
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,6 @@ DEFAULTS = {"epochs": (3, 12), "batch": (32, 64), "lr": (5e-5, 1e-3)}
 
 
 def main(argv=None):
-    args = None
     try:
         args = parse_arguments(argv)
         if args.explain:
@@ -60,8 +59,7 @@ def main(argv=None):
         print("error: the GPU's memory is full; try a smaller --batch or --max-tokens", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        advice = f"; to go on after stage 1, add --stage1 {args.stage1}" if args and args.stage1 else ""
-        print(f"interrupted{advice}", file=sys.stderr)
+        print("interrupted; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
         return 130
     return 0
 
@@ -85,19 +83,17 @@ def parse_arguments(argv):
     add("--max-tokens", type=number(int, 8, 65536), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
     add("--lr", type=rate, help="peak learning rate of all but the DACT heads (default: 5e-5, our choice; toy: 1e-3)")
     add("--head-lr", type=rate, default=1e-3, help="peak learning rate of the DACT heads (default: 1e-3, our choice)")
-    add("--halt-bias", type=number(float, -100, 100), default=4.0,
-        help="B: halting biases start at B (1 - 2 n / N) in block n (default: 4, our choice)")  # fmt: skip
+    add("--halt-bias", type=number(float, -100, 100), default=8.0,
+        help="B: halting biases start at B (1 - 2.5 n / N) in block n (default: 8, our choice)")  # fmt: skip
     add("--tau", type=number(float, 0, 1e3), default=5e-3,
         help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
     add("--rule", choices=dact.RULES, default="paper", help="halting rule of metrics.json: (4), or our exact one")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
-    add(
-        "--submit",
-        metavar="FOLDER",
-        help="write a finished run's (--out) predictions on the test set, as GLUE takes them",
-    )
+    add("--resume", action="store_true", help="go on with the interrupted run in --out after its last finished epoch")
+    add("--overwrite", action="store_true", help="start again although --out holds a run")
+    add("--submit", metavar="FOLDER", help="write the test predictions of a finished run (--out) as GLUE takes them")
     add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence or pair (run: --out)")
     args = parser.parse_args(argv)
     for name, (glue, toy) in DEFAULTS.items():
@@ -128,6 +124,7 @@ def run(args):
     """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out."""
     device = pick_device()
     precision, reason = pick_precision(device, args.precision)
+    checkpoint = find_checkpoint(args, precision)
     torch.manual_seed(args.seed)
     stage1, tokenizer, name = starting_model(args)
     pad_id = stage1.bert.config.pad_token_id
@@ -139,24 +136,29 @@ def run(args):
     print(f"task       {args.task}, {len(train)} training and {len(dev)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{key} {value}" for key, value in versions.items()))
 
-    args.out.mkdir(parents=True, exist_ok=True)
     header = {"task": args.task, "model": name, "max_tokens": max_tokens}
     header |= {"config": asdict(stage1.bert.config), "tokenizer": tokenizer.to_str()}
     seconds = {}
-    with open(args.out / "log.jsonl", "w") as log:
-        stage1.to(device)
-        if args.stage1 is None:
-            seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, log)
-            args.stage1 = args.out / "stage1.pt"
-            save(args.stage1, header | {"stage": 1, "state": stage1.state_dict()})
-        adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias).to(device)
-        seconds["stage2"] = fit("stage 2", adaptive, stage2_loss(args.tau), train, args, device, precision, log)
-        save(args.out / "dact.pt", header | {"stage": 2, "state": adaptive.state_dict()})
+    if checkpoint is None:
+        clear_folder(args, precision)
+    stage1.to(device)
+    if args.stage1 is None:
+        if checkpoint and checkpoint["stage"] == "stage 2":  # then stage 1 ended, and this file is its end
+            stage1 = load_run(args.out / "stage1.pt", 1, args.task)[0].to(device)
+            seconds["stage1"] = checkpoint["before"]
+        else:
+            seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, checkpoint)
+            save(args.out / "stage1.pt", header | {"stage": 1, "state": stage1.state_dict()})
+    adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias).to(device)
+    loss, before = stage2_loss(args.tau), seconds.get("stage1", 0.0)
+    seconds["stage2"] = fit("stage 2", adaptive, loss, train, args, device, precision, checkpoint, before)
+    save(args.out / "dact.pt", header | {"stage": 2, "state": adaptive.state_dict()})
 
     N = len(adaptive.backbone.blocks)
     results = evaluate(stage1, adaptive, dev, args, device, precision)
     report(results, train, dev, args, N)
     write_metrics(results, seconds, dev, args, name, precision, versions, N)
+    (args.out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved      {args.out}/dact.pt and metrics.json")
 
 
@@ -225,57 +227,106 @@ def parameter_groups(model, args):
     for name, parameter in model.named_parameters():
         lr = args.head_lr if name.startswith(("classifiers.", "halts.")) else args.lr
         groups.setdefault((lr, 0.01 if parameter.ndim > 1 else 0.0), []).append(parameter)
-    return [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
+    return [{"params": members, "peak_lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 
 
-def fit(stage, model, loss_of, train, args, device, precision, log):
-    """Train `model` in place for args.epochs; prints a line per interval. Returns the seconds it took."""
+def fit(stage, model, loss_of, train, args, device, precision, checkpoint=None, before=0.0):
+    """Train `model` in place for args.epochs; prints a line per interval. Returns the seconds it took.
+
+    Leaves args.out/checkpoint.pt after every epoch. checkpoint: the content of one; if it is of this stage, training
+    goes on behind it, to the same numbers. before: what the stage before took in seconds, for the checkpoint to keep.
+    """
     torch.manual_seed(args.seed)  # so that stage 2 is the same whether stage 1 ran before it or was read from a file
-    steps = max(1, round(args.epochs * -(-len(train) // args.batch)))
+    per_epoch = -(-len(train) // args.batch)
+    steps = max(1, round(args.epochs * per_epoch))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-    warmup = max(1, steps // 10)  # CHOICE: linear warm-up over a tenth of the steps, then linear decay to 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
-    )
-    began, examples, interval = time.perf_counter(), 0, max(1, steps // 20)
+    done, earlier, interval = 0, 0.0, max(1, steps // 20)
+    if checkpoint and checkpoint["stage"] == stage:
+        done, earlier = restore(checkpoint, model, optimizer, device, args.out)
+    began, examples = time.perf_counter(), 0
     sums = []  # (loss, price, mean h) of each step since the last line, left on the device: reading them would stall it
     model.train()
-    for step, (inputs, labels) in enumerate(endless_batches(train, args, device), start=1):
+    batches = endless_batches(train, args, device, done // per_epoch)
+    for step in range(done + 1, steps + 1):
+        inputs, labels = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * warm_up_and_decay(step, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             said = loss_of(model, inputs, labels)
         said[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         examples += len(labels)
         sums.append(torch.stack(said).detach())
-        if step % interval == 0 or step == steps:
-            progress(stage, step, steps, torch.stack(sums).mean(0).tolist(), examples, time.perf_counter() - began, log)
-            sums = []
-        if step == steps:
-            return time.perf_counter() - began
+        epoch_ends = step % per_epoch == 0 or step == steps
+        if step % interval == 0 or epoch_ends:
+            rows, sums = torch.stack(sums).cpu(), []
+            stop_unless_finite(rows[:, 0], stage, step, steps, args)
+            elapsed = time.perf_counter() - began
+            rate = examples / elapsed, (step - done) / elapsed
+            progress(stage, step, steps, rows.mean(0).tolist(), rate, args.out)
+        if epoch_ends:
+            place = {"stage": stage, "step": step, "seconds": earlier + elapsed, "before": before}
+            save_checkpoint(args.out, place, model, optimizer, device)
+    return earlier + time.perf_counter() - began
 
 
-def progress(stage, step, steps, means, examples, elapsed, log):
-    """One aligned line to the terminal and one of JSON to the log. Raises InputError if the loss is no number."""
+def warm_up_and_decay(step, steps):
+    """The share of the peak learning rate at a step from 1 to `steps`."""
+    warmup = max(1, steps // 10)  # CHOICE: linear warm-up over a tenth of the steps, then linear decay to 0
+    return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
+
+
+def stop_unless_finite(losses, stage, step, steps, args):
+    """Raise InputError if one of the losses of the steps up to `step` is no number."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        step += 1 + bad[0].item() - len(losses)
+        rate, last = args.lr * warm_up_and_decay(step, steps), args.out / "checkpoint.pt"
+        raise InputError(
+            f"{stage}: the loss is {losses[bad[0]].item()} at step {step}, learning rate {rate:.2g}; start again with a "
+            f"smaller --lr ({f'the last sound state is {last}' if last.is_file() else 'no epoch was finished'})"
+        )
+
+
+def save_checkpoint(out, place, model, optimizer, device):
+    """All that training needs to go on from here to the same numbers; place: where it stands, plain values."""
+    random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+    place |= {"log_bytes": (out / "log.jsonl").stat().st_size}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
+    save(out / "checkpoint.pt", place | state)
+
+
+def restore(checkpoint, model, optimizer, device, out):
+    """Put a checkpoint's state into a model and its optimizer: (steps done, seconds they took). Cuts the log back to it."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        raise InputError("checkpoint.pt is of another model or machine; start again with --overwrite") from None
+    os.truncate(out / "log.jsonl", checkpoint["log_bytes"])  # what came after the last finished epoch comes again
+    print(f"resumed    {checkpoint['stage']} after step {checkpoint['step']}")
+    return checkpoint["step"], checkpoint["seconds"]
+
+
+def progress(stage, step, steps, means, rate, out):
+    """One aligned line to the terminal and one of JSON to the log. rate: (examples, steps) a second."""
     halting = {"price": means[1], "mean_h": means[2]} if stage == "stage 2" else {}
-    log.write(json.dumps({"stage": stage, "step": step, "loss": means[0], **halting, "seconds": elapsed}) + "\n")
-    log.flush()
+    write_log(out, {"stage": stage, "step": step, "loss": means[0], **halting, "examples_per_second": rate[0]}, "a")
     words = "price {price:.4f}  mean h {mean_h:.3f}  ".format(**halting) if halting else ""
-    left = elapsed / step * (steps - step) / 60
     print(
         f"{stage}  step {step:>5}/{steps}  loss {means[0]:.4f}  {words}"
-        f"{examples / elapsed:7.1f} examples/s  {left:5.1f} min left",
+        f"{rate[0]:7.1f} examples/s  {(steps - step) / rate[1] / 60:5.1f} min left",
         flush=True,
     )
-    if not np.isfinite(means[0]):
-        raise InputError(f"{stage}: the loss is {means[0]} at step {step}; try again with a smaller --lr")
 
 
-def endless_batches(train, args, device):
-    """Batches on the device, epoch after epoch, each epoch in an order of its own."""
-    epoch = 0
+def endless_batches(train, args, device, epoch):
+    """Batches on the device from an epoch (from 0) on, each epoch in an order of its own."""
     while True:
         for indices in data.training_batches(train.lengths, args.batch, (args.seed, epoch)):
             inputs, labels = train.batch(indices)
@@ -414,6 +465,62 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of a run
 
+RUN_FILES = ("log.jsonl", "checkpoint.pt", "stage1.pt", "dact.pt", "metrics.json")
+
+
+def settings(args, precision):
+    """What decides the numbers of a run. The first line of log.jsonl keeps it, so that only its like resumes it."""
+    names = "task model stage1 epochs batch max_tokens lr head_lr halt_bias tau seed".split()
+    return {name: getattr(args, name) for name in names} | {"precision": precision}
+
+
+def find_checkpoint(args, precision):
+    """Look at args.out before anything is loaded or written: the checkpoint to go on from, or None to begin.
+
+    Raises InputError if args.out holds a run, unless it is to be overwritten, or resumed and has the same settings.
+    """
+    held = [name for name in RUN_FILES if (args.out / name).exists()]
+    if not held or args.overwrite:
+        return None
+    if "metrics.json" in held:
+        raise InputError(f"{args.out} holds a finished run; choose another --out, or start again with --overwrite")
+    if not args.resume:
+        raise InputError(
+            f"{args.out} holds an unfinished run; go on with --resume, choose another --out, or start again with --overwrite"
+        )
+    log = args.out / "log.jsonl"
+    try:
+        with open(log, encoding="utf-8") as file:
+            found = json.loads(file.readline(1 << 16))["settings"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{log} does not say what was run; start again with --overwrite") from None
+    wanted = settings(args, precision)
+    for name, value in found:
+        if name not in wanted or wanted[name] != value:
+            raise InputError(
+                f"{args.out}: its run has {name} {value!r}, not {wanted.get(name)!r}; ask for the same, or choose another --out"
+            )
+    if not (args.out / "checkpoint.pt").exists():
+        return None
+    checkpoint = bert.load_pickle(args.out / "checkpoint.pt", args.out / "checkpoint.pt")
+    if not isinstance(checkpoint, dict) or not {"stage", "step", "seconds", "before", "log_bytes"} <= checkpoint.keys():
+        raise InputError(f"{args.out / 'checkpoint.pt'} is no checkpoint; start again with --overwrite")
+    return checkpoint
+
+
+def clear_folder(args, precision):
+    """Make args.out the folder of a run that begins: nothing of an earlier one in it, and the settings in its log."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        if not args.stage1 or (args.out / name).resolve() != Path(args.stage1).resolve():
+            (args.out / name).unlink(missing_ok=True)
+    write_log(args.out, {"settings": settings(args, precision)}, "w")
+
+
+def write_log(out, line, mode):
+    with open(out / "log.jsonl", mode, encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
 
 def write_whole(path, write):
     """Call `write(file)` on a file beside `path` and rename it: `path` is never half written."""
@@ -428,7 +535,11 @@ def write_whole(path, write):
 
 
 def save(path, content):
-    write_whole(path, lambda file: torch.save(content, file))
+    try:
+        write_whole(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:  # torch.save turns a failed write into one
+        reason = error.__context__ if isinstance(error.__context__, OSError) else "the disk may be full"
+        raise InputError(f"cannot write {path} ({reason}); free some space, then add --resume") from None
 
 
 def load_run(path, stage, task):
@@ -529,4 +640,5 @@ def decimals(tensor):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what a scheduler sends is Ctrl-C
     sys.exit(main())

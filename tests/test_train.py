@@ -1,6 +1,12 @@
 """train.py end to end on small things: what a run leaves, what it says, and what it refuses."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -45,7 +51,8 @@ def test_a_run_leaves_its_four_files(toy_run):
     assert metrics["dact"]["mean_blocks"] == pytest.approx(mean)
     assert metrics["dact"]["saved"] == pytest.approx(100 * (1 - mean / 6))
     assert {"stage1", "stage2", "dev_full", "dev_early_exit"} == metrics["seconds"].keys()
-    lines = [json.loads(line) for line in (toy_run / "log.jsonl").read_text().splitlines()]
+    first, *lines = [json.loads(line) for line in (toy_run / "log.jsonl").read_text().splitlines()]
+    assert first["settings"]["task"] == "toy" and first["settings"]["epochs"] == 1
     assert {line["stage"] for line in lines} == {"stage 1", "stage 2"}
     assert all(torch.tensor(line["loss"]).isfinite() for line in lines)
 
@@ -58,12 +65,12 @@ def test_early_exit_answered_as_all_blocks(toy_run):
 
 
 def test_the_control_halts_as_it_was_started(toy_run):
-    """N = 6, bias 4: p_3 = sigmoid(2.67) sigmoid(1.33) sigmoid(0) = 0.37, p_4 = 0.37 sigmoid(-1.33) = 0.077.
+    """N = 6, bias 8: p_2 = sigmoid(4.67) sigmoid(1.33) = 0.78, p_3 = 0.78 sigmoid(-2) = 0.093.
 
-    By (4) no answer halts at n = 3, since 1 (1 - 0.37)^3 = 0.25 < 0.37 * 3. So block 4 is the first that can.
+    By (4) no answer halts at n = 2, since 1 (1 - 0.78)^4 = 0.002 < 0.78 * 4. So block 3 is the first that can.
     """
     control = json.loads((toy_run / "metrics.json").read_text())["control"]
-    assert control["exit_histogram"][:3] == [0, 0, 0] and control["mean_blocks"] >= 4
+    assert control["exit_histogram"][:2] == [0, 0] and control["mean_blocks"] >= 3
 
 
 def test_stage_2_from_a_file_is_stage_2_of_the_run(toy_run, tmp_path):
@@ -165,7 +172,89 @@ def test_interruption_keeps_stage_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dact, "dact_loss", interrupt)
     assert train.main(["--epochs", "0.05", "--out", str(tmp_path)]) == 130
     assert (tmp_path / "stage1.pt").exists() and not (tmp_path / "dact.pt").exists()
-    assert f"--stage1 {tmp_path / 'stage1.pt'}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--resume" in error and error.count("\n") == 1
+
+
+def toy_argv(out):
+    return ["--epochs", "2", "--batch", "64", "--precision", "float32", "--out", str(out)]
+
+
+def assert_same_run(first, second):
+    """Two run folders with the same weights, bit for bit, and the same losses in the log."""
+    for name in ("stage1.pt", "dact.pt"):
+        states = [torch.load(folder / name)["state"] for folder in (first, second)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
+    logs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]] for folder in (first, second)
+    ]
+    steps = [[(line["stage"], line["step"], line["loss"]) for line in log] for log in logs]
+    assert steps[0] == steps[1]
+    assert not (second / "checkpoint.pt").exists() and (second / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, step", [("stage 1", 3), ("stage 1", 8), ("stage 1", 11), ("stage 2", 1), ("stage 2", 16)]
+)
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, capsys, monkeypatch, stage, step):
+    """8 steps an epoch, 16 a stage: stopped before, between and after epochs."""
+    make = data.toy_examples
+    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
+    assert train.main(toy_argv(tmp_path / "whole")) == 0
+    progress = train.progress
+
+    def stop(at_stage, at_step, *rest):
+        if (at_stage, at_step) == (stage, step):
+            raise KeyboardInterrupt
+        progress(at_stage, at_step, *rest)
+
+    monkeypatch.setattr(train, "progress", stop)
+    capsys.readouterr()
+    assert train.main(toy_argv(tmp_path / "cut")) == 130
+    assert capsys.readouterr().err.startswith("interrupted")
+    monkeypatch.setattr(train, "progress", progress)
+    assert train.main([*toy_argv(tmp_path / "cut"), "--resume"]) == 0
+    assert ("resumed    stage" in capsys.readouterr().out) == ((stage, step) > ("stage 1", 8))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """SIGKILL, which no program can answer. DACT_KILLS: how often in all (once by default)."""
+    kills, rng, run = int(os.environ.get("DACT_KILLS", "1")), random.Random(0), 0
+    argv = ["--epochs", "2", "--batch", "128", "--precision", "float32"]  # 32 steps an epoch
+    command, environment = [sys.executable, train.__file__, *argv], os.environ | {"OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
+    whole = time.monotonic() - began
+    while kills > 0:
+        folder, run, finished = tmp_path / f"cut{run}", run + 1, False
+        while not finished:
+            with subprocess.Popen(
+                [*command, "--out", folder, "--resume"], env=environment, stdout=subprocess.PIPE
+            ) as process:
+                try:
+                    process.communicate(timeout=rng.uniform(0.2, 1.0) * whole if kills else None)
+                    finished = True
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    kills -= 1
+            assert process.returncode == (0 if finished else -signal.SIGKILL)
+        assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_end_a_run_with_one_line(tmp_path, name):
+    process = subprocess.Popen(
+        [sys.executable, "-u", train.__file__, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while "step" not in process.stdout.readline():
+        pass
+    process.send_signal(getattr(signal, name))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.startswith("interrupted") and "--resume" in error and error.count("\n") == 1, error
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -182,7 +271,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_an_infinite_loss_ends_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.F, "cross_entropy", lambda logits, labels: logits.sum() * float("inf"))
-    assert "stage 1: the loss is" in fails(capsys, "--epochs", "0.5", "--out", tmp_path)
+    error = fails(capsys, "--epochs", "0.5", "--out", tmp_path)
+    assert (
+        "stage 1: the loss is" in error
+        and "at step 1, learning rate 0.00033" in error
+        and "no epoch was finished" in error
+    )
     assert not (tmp_path / "stage1.pt").exists()
 
 
@@ -195,7 +289,7 @@ def test_decay_on_matrices_only_and_heads_apart():
     backbone = set(model.backbone.parameters())
     for group in groups:
         assert all((weight.ndim > 1) == (group["weight_decay"] > 0) for weight in group["params"])
-        assert all(group["lr"] == (5e-5 if weight in backbone else 1e-3) for weight in group["params"])
+        assert all(group["peak_lr"] == (5e-5 if weight in backbone else 1e-3) for weight in group["params"])
 
 
 def test_precision_is_chosen_by_the_hardware(monkeypatch):
@@ -293,3 +387,57 @@ def test_majority_row_and_f1():
     assert scores == {"F1": pytest.approx(81.2, abs=0.05), "accuracy": pytest.approx(68.4, abs=0.05)}
     assert train.blocks_used(answers, 12)["saved"] == pytest.approx(100 * 11 / 12)
     assert data.TASKS["mrpc"].metrics[0] == "F1"
+
+
+def test_a_folder_that_holds_a_run(toy_run, tmp_path, capsys):
+    before = {file.name: file.read_bytes() for file in toy_run.iterdir()}
+    finished = [], ["--resume"], ["--task", "rte"], ["--stage1", toy_run / "stage1.pt"]
+    for flags in finished:
+        assert "holds a finished run" in fails(capsys, *flags, "--out", toy_run)
+    assert "unknown model" in fails(capsys, "--task", "rte", "--model", "bort", "--overwrite", "--out", toy_run)
+    assert {file.name: file.read_bytes() for file in toy_run.iterdir()} == before  # nothing is lost by a bad command
+    argv = ["--epochs", "0.05", "--precision", "float32", "--out", tmp_path]
+    (tmp_path / "log.jsonl").write_bytes(before["log.jsonl"])
+    (tmp_path / "stage1.pt").write_bytes(before["stage1.pt"])
+    assert "holds an unfinished run" in fails(capsys, *argv)
+    assert "its run has epochs 1.0, not 0.05" in fails(capsys, *argv, "--resume")
+    assert "its run has task 'toy', not 'rte'" in fails(capsys, *argv, "--resume", "--task", "rte")
+    for broken in (b"", b"{", b"[]", b'{"settings": 3}', b"\xff\xfe", b"[" * 60000):
+        (tmp_path / "log.jsonl").write_bytes(broken)
+        assert "does not say what was run" in fails(capsys, *argv, "--resume")
+    assert train.main([str(word) for word in [*argv, "--overwrite", "--stage1", tmp_path / "stage1.pt"]]) == 0
+    assert (tmp_path / "stage1.pt").read_bytes() == before["stage1.pt"] and (tmp_path / "metrics.json").exists()
+
+
+def test_a_checkpoint_that_is_none(toy_run, tmp_path, capsys):
+    argv = ["--epochs", "1", "--precision", "float32", "--out", tmp_path, "--resume"]
+    (tmp_path / "log.jsonl").write_bytes((toy_run / "log.jsonl").read_bytes())
+    for content in (torch.zeros(3), {"stage": "stage 1"}):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        assert "is no checkpoint" in fails(capsys, *argv)
+    other = {"stage": "stage 1", "step": 3, "seconds": 0.0, "before": 0.0, "log_bytes": 0, "model": {}, "optimizer": {}}
+    torch.save(other, tmp_path / "checkpoint.pt")
+    assert "of another model or machine" in fails(capsys, *argv)
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    assert "damaged" in fails(capsys, *argv)
+
+
+def test_a_full_disk_leaves_what_was_finished(tmp_path):
+    """No file may grow beyond 2 MB: weights fit, but not the checkpoint with its optimizer state."""
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); "
+    command = [
+        sys.executable,
+        "-c",
+        limit + f"runpy.run_path({train.__file__!r}, run_name='__main__')",
+    ]
+    out = subprocess.run(
+        [*command, "--epochs", "1", "--batch", "512", "--out", tmp_path / "run"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 2
+    assert out.stderr.startswith("error: cannot write") and "--resume" in out.stderr and out.stderr.count("\n") == 1, (
+        out.stderr
+    )
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["log.jsonl"]
