@@ -658,6 +658,13 @@ def read_safetensors(path):
             whole = all(type(number) is int and number >= 0 for number in (*shape, *offsets))
             if not isinstance(dtype, str) or len(offsets) != 2 or not whole:
                 raise ValueError(f"a bad entry for {name}")
+        end = 0
+        for name, (_, _, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+            if start != end or stop < start:
+                raise ValueError(f"a hole or an overlap before {name}")
+            end = stop
+        if end < len(content) - 8 - length:
+            raise ValueError(f"{len(content) - 8 - length - end} bytes that belong to no tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise InputError(f"{source} is not a safetensors file ({error}); copy or download it again") from None
     tensors = {}

@@ -138,8 +138,42 @@ class Halted(NamedTuple):
     """What early exit returns for each of B sequences."""
 
     label: torch.Tensor  # (B,) int64, the predicted class
-    a: torch.Tensor  # (B, C), a_n at the exit
+    a: torch.Tensor  # (B, C), the answer at the exit: a_n
     exit_block: torch.Tensor  # (B,) int64, n of the exit, 1 to N
+
+
+@torch.no_grad()
+def early_exit(backbone, inputs, step):
+    """Run a batch block by block; each sequence leaves it where `step` says so (section 3.2). Returns `Halted`.
+
+    inputs: as for the backbone's embed, then the mask (B, T); padding must be on the right, for it is trimmed.
+    step: what is known after block n, (n, hidden, state) -> (answer (B, C), halt (B,) bool, state). state: a tuple of
+    tensors (B, ...), empty at n = 1; survivors take their rows of it along.
+    """
+    hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
+    N, device = len(backbone.blocks), mask.device
+    lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
+    alive = torch.arange(len(mask), device=device)  # row of the batch that each survivor came from
+    exit_block, state = torch.zeros_like(alive), ()
+    for n, block in enumerate(backbone.blocks, start=1):
+        hidden = block(hidden, mask)
+        answer, halt, state = step(n, hidden, state)
+        if n == 1:
+            answers = torch.zeros_like(answer)
+        # Every survivor writes its answer; those that leave now write no more, so this is where they exit.
+        answers[alive] = answer
+        exit_block.index_fill_(0, alive, n)
+        if n == N:  # the last block always answers
+            break
+        keep = (~halt).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            lengths, keep = lengths[keep], keep.to(device, non_blocking=True)
+            longest = int(lengths.max())
+            hidden, mask, alive = hidden[keep, :longest], mask[keep, :longest], alive[keep]
+            state = tuple(rows[keep] for rows in state)
+    return Halted(answers.argmax(1), answers, exit_block)
 
 
 class DactBert(nn.Module):
@@ -183,37 +217,17 @@ class DactBert(nn.Module):
             said.append(self.head(n, hidden))
         return tuple(torch.stack(column) for column in zip(*said))
 
-    @torch.no_grad()
     def early_exit(self, *inputs, rule=paper_rule):
         """Inference: every sequence leaves the batch at the first block where `rule` holds. Returns `Halted`.
 
-        inputs: as for forward; padding must be on the right, for it is trimmed as sequences leave.
-        rule: a function (a, p, d) -> (left, right), as `paper_rule`.
+        inputs: as for forward; padding must be on the right. rule: (a, p, d) -> (left, right), as `paper_rule`.
         """
-        hidden, mask = self.backbone.embed(*inputs[:-1]), inputs[-1]
-        N, device = len(self.backbone.blocks), mask.device
-        lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
-        alive = torch.arange(len(mask), device=device)  # row of the batch that each survivor came from
-        exit_block = torch.zeros_like(alive)
-        for n, block in enumerate(self.backbone.blocks, start=1):
-            hidden = block(hidden, mask)
+        N = len(self.backbone.blocks)
+
+        def step(n, hidden, state):
             y_n, h_n = self.head(n, hidden)
-            if n == 1:
-                a, p = start(y_n)
-                answer = torch.zeros_like(a)
-            a, p = accumulate(y_n, h_n, a, p)
-            # Every survivor writes its state; those that leave now write no more, so this is where they exit.
-            answer[alive] = a
-            exit_block.index_fill_(0, alive, n)
-            if n == N:  # the last block always answers
-                break
+            a, p = accumulate(y_n, h_n, *(state or start(y_n)))
             left, right = rule(a, p, N - n)
-            keep = (left < right).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
-            if len(keep) == 0:
-                break
-            if len(keep) < len(alive):
-                lengths, keep = lengths[keep], keep.to(device, non_blocking=True)
-                longest = int(lengths.max())
-                hidden, mask = hidden[keep, :longest], mask[keep, :longest]
-                a, p, alive = a[keep], p[keep], alive[keep]
-        return Halted(answer.argmax(1), answer, exit_block)
+            return a, left >= right, (a, p)
+
+        return early_exit(self.backbone, inputs, step)

@@ -6,6 +6,7 @@ how answers are scored, and last the toy task, which needs no file at all.
 Shapes: B sequences in a batch, T tokens in the longest of them.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -19,6 +20,11 @@ from pathlib import Path
 import numpy as np
 import requests
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs must not download the same file at once
+    fcntl = None
 
 
 class InputError(ValueError):
@@ -221,31 +227,56 @@ def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
     problem = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(attempts):
-            if attempt:
-                time.sleep(pause * 2 ** (attempt - 1))
-            resumed = part.is_file() and part.stat().st_size > 0
-            try:
-                fetch(url, part)
-            except requests.HTTPError as error:
-                status = error.response.status_code
-                problem = f"the server answered {status} {error.response.reason}"
-                if status < 500 and status not in (408, 429):  # asking again will not help
-                    break
-                continue
-            except requests.RequestException as error:
-                problem = f"the connection failed ({type(error).__name__})"
-                continue
-            problem = check_download(part, sha256, member)
-            if not problem:
-                os.replace(part, path)
+        with alone_in(path.parent):
+            if path.is_file():  # another run downloaded it while this one waited
                 return path
-            part.unlink()
-            if not resumed:  # a whole fresh copy is wrong: another one will be too
-                break
+            problem = try_download(url, path, part, sha256, member, attempts, pause)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
-    raise InputError(f"cannot download {url}: {problem}; try again later, or place the file at {path} yourself")
+    if problem:
+        raise InputError(f"cannot download {url}: {problem}; try again later, or place the file at {path} yourself")
+    return path
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Keep other runs from downloading into a folder; the system lets go of it when a run ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+def try_download(url, path, part, sha256, member, attempts, pause):
+    """`download`'s attempts: the last problem as words, empty if the file is at `path` now."""
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(pause * 2 ** (attempt - 1))
+        resumed = part.is_file() and part.stat().st_size > 0
+        try:
+            fetch(url, part)
+        except requests.HTTPError as error:
+            status = error.response.status_code
+            problem = f"the server answered {status} {error.response.reason}"
+            if status < 500 and status not in (408, 429):  # asking again will not help
+                break
+            continue
+        except requests.RequestException as error:
+            problem = f"the connection failed ({type(error).__name__})"
+            continue
+        problem = check_download(part, sha256, member)
+        if not problem:
+            os.replace(part, path)
+            break
+        part.unlink()
+        if not resumed:  # a whole fresh copy is wrong: another one will be too
+            break
+    return problem
 
 
 def fetch(url, part):

@@ -355,6 +355,8 @@ def test_config_that_is_missing_broken_or_incomplete(google):
     refuse(google, "bert_config.json", "not JSON")
     (google / "bert_config.json").write_text('{"vocab_size": 30522}')
     refuse(google, "hidden_size is missing")
+    (google / "bert_config.json").write_text("[" * 100_000)
+    refuse(google, "bert_config.json", "not JSON")
     (google / "bert_config.json").write_text("[1]")
     refuse(google, "list")
     (google / "bert_config.json").unlink()

@@ -5,7 +5,9 @@ import http.server
 import io
 import os
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(total - start))
         self.end_headers()
         end = start + (total - start) // 2 if behaviour == "truncate" else total
+        if behaviour == "slow":
+            self.wfile.write(body[start : start + 1])
+            time.sleep(0.3)
+            start += 1
         self.wfile.write(body[start:end])
 
     def log_message(self, *args):
@@ -188,6 +194,14 @@ def test_read_only_folder(server, tmp_path):
         folder = Path("/sys/dact-test")
     refuse_download(server, folder / "new" / "file", "cannot write", str(folder))
     tmp_path.chmod(0o755)
+
+
+def test_two_runs_at_once_download_once(server, tmp_path):
+    """Without the lock both append to the same .part file."""
+    server.behave["/file"] = ["slow"]
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: data.download(server.url("/file"), tmp_path / "file", SHA256), range(4)))
+    assert {path.read_bytes() for path in paths} == {BODY} and len(server.seen) == 1
 
 
 def test_progress_on_a_terminal_only(server, tmp_path, capsys, monkeypatch):
