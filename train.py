@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -346,41 +347,49 @@ class Answers(NamedTuple):
     seconds: float
 
 
-@torch.no_grad()
 def evaluate(stage1, adaptive, dev, args, device, precision):
     """Run the dev set through every form of the model: {form: Answers}.
 
     Forms: "stage 1", "all blocks" (DACT's a_N), the halting rules, and "control": args.rule with the halting neurons as
     they were before training. What DACT saves beyond the control it has learned; the rest is where it was started.
-    Each batch goes through all forms in turn, so that their times meet the same batches and the same noise.
     """
     N = len(adaptive.backbone.blocks)
     control = dact.DactBert(adaptive.backbone, stage1.classifier, args.halt_bias).to(device)
     control.classifiers = adaptive.classifiers
     for model in (stage1, adaptive, control):
         model.eval()
+    forms = {
+        "stage 1": lambda *inputs: all_blocks(stage1(*inputs), N),
+        "all blocks": lambda *inputs: all_blocks(dact.accumulate_all(*adaptive(*inputs))[0][-1], N),
+        **{name: partial(adaptive.early_exit, rule=rule) for name, rule in dact.RULES.items()},
+        "control": partial(control.early_exit, rule=dact.RULES[args.rule]),
+    }
+    return answer(forms, dev, args.batch, device, precision)
 
-    def answer(form, inputs):
-        if form in dact.RULES or form == "control":
-            model, rule = (control, args.rule) if form == "control" else (adaptive, form)
-            halted = model.early_exit(*inputs, rule=dact.RULES[rule])
-            return halted.label, halted.exit_block
-        probabilities = stage1(*inputs) if form == "stage 1" else dact.accumulate_all(*adaptive(*inputs))[0][-1]
-        labels = probabilities.argmax(1)
-        return labels, torch.full_like(labels, N)
 
-    forms = ("stage 1", "all blocks", *dact.RULES, "control")
-    said = {form: (torch.zeros(len(dev), dtype=torch.long), torch.zeros(len(dev), dtype=torch.long)) for form in forms}
+def all_blocks(scores, N):
+    """`Halted` for a model that ran all N blocks: scores (B, C), logits or probabilities."""
+    label = scores.argmax(1)
+    return dact.Halted(label, scores, torch.full_like(label, N))
+
+
+@torch.no_grad()
+def answer(forms, dataset, batch_size, device, precision):
+    """Run a dataset through functions inputs -> `Halted`: {form: Answers}.
+
+    Each batch goes through all forms in turn, so that their times meet the same batches and the same noise.
+    """
+    said = {form: torch.zeros(2, len(dataset), dtype=torch.long) for form in forms}
     seconds = dict.fromkeys(forms, 0.0)
-    batches = data.evaluation_batches(dev.lengths, args.batch)
+    batches = data.evaluation_batches(dataset.lengths, batch_size)
     for warm_up, indices in [(True, batches[-1])] + [(False, batch) for batch in batches]:
-        inputs = tuple(x.to(device) for x in dev.batch(indices)[0])
-        for form in forms:
+        inputs = tuple(x.to(device) for x in dataset.batch(indices)[0])
+        for form, run_form in forms.items():
             began = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                labels, exit_block = (x.cpu() for x in answer(form, inputs))  # .cpu() waits for the device
+                halted = run_form(*inputs)
+                said[form][:, indices] = torch.stack([halted.label, halted.exit_block]).cpu()  # waits for the device
             seconds[form] += 0.0 if warm_up else time.perf_counter() - began
-            said[form][0][indices], said[form][1][indices] = labels, exit_block
     return {form: Answers(*said[form], seconds[form]) for form in forms}
 
 
@@ -534,6 +543,32 @@ def write_whole(path, write):
         raise
 
 
+def read_metrics(folder):
+    """The metrics.json of a finished run, checked as far as others rely on it. Raises InputError."""
+    path = Path(folder) / "metrics.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name the folder of a finished run, or make one with train.py")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("no object")
+        for key, kind in METRICS_JSON.items():
+            if not isinstance(found[key], kind) or isinstance(found[key], bool):
+                raise TypeError(f"{key} is {str(found[key])[:40]!r}")
+        for part in (found["full"], *found["rules"].values()):
+            numbers = [part[name] for name in data.find_task(found["task"]).metrics]
+            if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
+                raise ValueError("a metric is no percentage")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not the metrics of a run ({str(error)[:80]!r}); run train.py again") from None
+    return found
+
+
+METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
+                "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
+                "precision": str, "full": dict, "dact": dict, "rules": dict, "seconds": dict}  # fmt: skip
+
+
 def save(path, content):
     try:
         write_whole(path, lambda file: torch.save(content, file))
@@ -573,7 +608,6 @@ def load_run(path, stage, task):
 # A finished run on GLUE's test set, whose labels only its server knows
 
 
-@torch.no_grad()
 def submit(args):
     """Write FOLDER/<task>.tsv: a finished run's answers by early exit, one line (index, label word) per test example."""
     device = pick_device()
@@ -582,12 +616,8 @@ def submit(args):
     model, tokenizer, _, max_tokens = load_run(args.out / "dact.pt", 2, args.task)
     model.to(device).eval()
     test = data.Dataset(examples, tokenizer, max_tokens, model.backbone.config.pad_token_id)
-    predicted, exit_block = torch.zeros(len(test), dtype=torch.long), torch.zeros(len(test), dtype=torch.long)
-    for indices in data.evaluation_batches(test.lengths, args.batch):
-        inputs = (x.to(device) for x in test.batch(indices)[0])
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            halted = model.early_exit(*inputs, rule=dact.RULES[args.rule])
-        predicted[indices], exit_block[indices] = halted.label.cpu(), halted.exit_block.cpu()
+    forms = {"test": partial(model.early_exit, rule=dact.RULES[args.rule])}
+    predicted, exit_block, _ = answer(forms, test, args.batch, device, precision)["test"]
     folder, words = Path(args.submit), data.TASKS[args.task].labels
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(examples.groups):

@@ -3,6 +3,7 @@
 DACT_FUZZ says how many damaged inputs each reader gets (200 by default; 10,000 take some minutes).
 """
 
+import json
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ from safetensors.torch import load as reference_load
 
 import bert
 import data
+import train
 from data import InputError
 
 COUNT = int(os.environ.get("DACT_FUZZ", "200"))
@@ -157,6 +159,27 @@ def test_files_of_a_model(tmp_path, name):
             return model(ids, torch.zeros_like(ids), torch.ones_like(ids).bool()).isfinite().all()
 
     assert outcomes(content, read, is_correct) > 0.2 * COUNT
+
+
+def test_metrics(tmp_path):
+    file = tmp_path / "metrics.json"
+    rules = {rule: {"accuracy": 66.5, "saved": 20.25} for rule in ("paper", "exact")}
+    whole = {"task": "rte", "model": "m", "seed": 3, "tau": 5e-3, "rule": "paper", "epochs": 3, "batch": 32,
+             "max_tokens": 128, "lr": 5e-5, "head_lr": 1e-3, "halt_bias": 8.0, "precision": "float32",
+             "full": {"accuracy": 65.75}, "dact": rules["paper"], "rules": rules, "seconds": {"stage1": 2.5}}  # fmt: skip
+    file.write_text(json.dumps(whole))
+    assert train.read_metrics(tmp_path) == whole
+
+    def read(broken):
+        file.write_bytes(broken)
+        return train.read_metrics(tmp_path)
+
+    def is_correct(result, broken):
+        """The file has no checksum: what comes back is what it says, and of the kinds that are relied on."""
+        same = result == json.loads(broken)
+        return same and -100 <= result["full"]["accuracy"] <= 100 and isinstance(result["seed"], int)
+
+    assert outcomes(json.dumps(whole).encode(), read, is_correct) > 0.2 * COUNT
 
 
 def test_pickles(tmp_path):

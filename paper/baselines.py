@@ -1,0 +1,345 @@
+"""The systems that DACT-BERT is compared with, on the same backbone, data and code path.
+
+    DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
+    FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
+    PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit after t equal answers in a row
+    first k    the backbone cut after block k and fine-tuned: no decision at all
+    generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
+
+All leave a batch through `dact.early_exit`: a rule is a function of what is known after block n.
+Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the top level, where the model lives
+
+import bert
+import dact
+import data
+import train
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A finished run of train.py, opened
+
+
+class Run(NamedTuple):
+    """What a finished run left, and what it was made with."""
+
+    folder: Path
+    args: argparse.Namespace  # task, model, seed, epochs, batch, max_tokens, lr, head_lr, halt_bias, tau, rule, data
+    metrics: dict  # metrics.json
+    stage1: bert.BertClassifier
+    dact: dact.DactBert
+    tokenizer: object
+    train: data.Dataset
+    dev: data.Dataset
+    device: torch.device
+    precision: str
+
+    @property
+    def labels(self):
+        """The words of the classes."""
+        return data.TASKS[self.args.task].labels
+
+
+def open_run(folder, data_folder=None):
+    """The finished run in a folder; runs/toy is made first if it is not there. Raises data.InputError.
+
+    data_folder: where GLUE's files lie; by default train.py's cache.
+    """
+    folder = Path(folder)
+    if folder == Path("runs/toy") and not (folder / "metrics.json").exists():
+        train.run(train.parse_arguments(["--resume"]))
+    metrics = train.read_metrics(folder)
+    names = "task model seed tau rule epochs batch max_tokens lr head_lr halt_bias precision".split()
+    args = argparse.Namespace(**{name: metrics[name] for name in names}, stage1=None, out=folder)
+    args.data = Path(data_folder or data.cache_dir() / "glue")
+    device = train.pick_device()
+    stage1, tokenizer, _, max_tokens = train.load_run(folder / "stage1.pt", 1, args.task)
+    adaptive = train.load_run(folder / "dact.pt", 2, args.task)[0]
+    pad_id = stage1.bert.config.pad_token_id
+    splits = [data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data)]
+    for model in (stage1, adaptive):
+        model.to(device).eval()
+    precision = train.pick_precision(device, None)[0]
+    return Run(folder, args, metrics, stage1, adaptive, tokenizer, *splits, device, precision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A backbone with an answer after every block, and the rules to leave it by
+
+
+class Exits(nn.Module):
+    """A backbone with a classifier ("off-ramp") after every block; each starts as a copy of `classifier`."""
+
+    def __init__(self, backbone, classifier):
+        super().__init__()
+        self.backbone = backbone
+        self.classifiers = nn.ModuleList(copy.deepcopy(classifier) for _ in backbone.blocks)
+
+    def logits(self, n, hidden):
+        """Block n's answer, (B, C), always in full precision."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.classifiers[n - 1](hidden[:, 0].float())
+
+    def forward(self, *inputs):
+        """-> logits of all blocks (N, B, C)."""
+        hidden, said = self.backbone.embed(*inputs[:-1]), []
+        for n, block in enumerate(self.backbone.blocks, start=1):
+            hidden = block(hidden, inputs[-1])
+            said.append(self.logits(n, hidden))
+        return torch.stack(said)
+
+    def early_exit(self, *inputs, rule):
+        """rule: (logits (B, C), state) -> (halt (B,) bool, state). Returns `dact.Halted` with probabilities."""
+
+        def step(n, hidden, state):
+            logits = self.logits(n, hidden)
+            halt, state = rule(logits, state)
+            return logits.softmax(-1), halt, state
+
+        return dact.early_exit(self.backbone, inputs, step)
+
+
+def entropy(logits):
+    """Shannon entropy in nats of the distribution softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x."""
+    return logits.logsumexp(-1) - (logits * logits.softmax(-1)).sum(-1)
+
+
+def entropy_rule(logits, state, S):
+    """DeeBERT: leave when the entropy is under S nats; at most log C, so S > log C leaves after block 1."""
+    return entropy(logits) < S, state
+
+
+def speed_rule(logits, state, speed):
+    """FastBERT: leave when the entropy, as a share of log C, is under `speed` from 0 to 1."""
+    return entropy(logits) / math.log(logits.shape[-1]) < speed, state
+
+
+def patience_rule(logits, state, t):
+    """PABEE: leave when t blocks in a row have confirmed the answer, that is after t + 1 equal ones."""
+    label = logits.argmax(-1)
+    last, count = state or (label, torch.full_like(label, -1))
+    count = torch.where(label == last, count + 1, 0)
+    return count >= t, (label, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: logits (N, B, C), labels (B,) -> scalar, in nats
+
+
+def deebert_loss(logits, labels):
+    """The sum of the ramps' cross-entropies; the last classifier is stage 1's and is not trained again."""
+    return sum(F.cross_entropy(logits_n, labels) for logits_n in logits[:-1])
+
+
+def fastbert_loss(logits, labels):
+    """Self-distillation: Σ over the ramps of KL(ramp || last classifier) = Σ_c q_c (log q_c - log p_c). No labels."""
+    teacher = logits[-1].detach().log_softmax(-1)
+    ramps = logits[:-1].log_softmax(-1)
+    return (ramps.exp() * (ramps - teacher)).sum(-1).mean(1).sum()
+
+
+def pabee_loss(logits, labels):
+    """The mean of all cross-entropies, block n with weight n: Σ n L_n / Σ n."""
+    losses = torch.stack([F.cross_entropy(logits_n, labels) for logits_n in logits])
+    weights = torch.arange(1.0, len(losses) + 1, device=losses.device)
+    return (weights * losses).sum() / weights.sum()
+
+
+def as_stage(loss):
+    """One of the losses above as `train.fit` wants it."""
+
+    def stage_loss(model, inputs, labels):
+        value = loss(model(*inputs), labels)
+        return value, torch.zeros_like(value), torch.zeros_like(value)
+
+    return stage_loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Features:
+    """The [CLS] vectors of every block of a frozen backbone over a dataset: computed once, trained on many times.
+
+    CHOICE: the frozen backbone runs without dropout, so that its vectors are the same in every epoch and need computing
+    only once (4 N D bytes an example in memory). It offers what `train.fit` asks of a dataset.
+    """
+
+    def __init__(self, backbone, dataset, device, precision, batch_size=64):
+        blocks = len(backbone.blocks)
+        self.cls = torch.zeros(len(dataset), blocks, backbone.hidden_size)
+        self.labels, self.lengths = dataset.labels, dataset.lengths
+        for indices in data.evaluation_batches(dataset.lengths, batch_size):
+            *inputs, mask = (x.to(device) for x in dataset.batch(indices)[0])
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                hidden = backbone.embed(*inputs)
+                for n, block in enumerate(backbone.blocks):
+                    hidden = block(hidden, mask)
+                    self.cls[indices, n] = hidden[:, 0].float().cpu()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices):
+        """-> ((cls (B, N, D),), labels (B,))."""
+        return (self.cls[indices],), self.labels[indices]
+
+
+class Ramps(nn.Module):
+    """The classifiers of an `Exits` over cached [CLS] vectors: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
+
+    def __init__(self, exits):
+        super().__init__()
+        self.classifiers = exits.classifiers[:-1]
+        self.last = exits.classifiers[-1].requires_grad_(False)
+
+    def forward(self, cls):
+        self.last.eval()
+        return torch.stack([head(cls[:, n]) for n, head in enumerate([*self.classifiers, self.last])])
+
+
+def train_ramps(run, features, loss, name):
+    """Stage 2 of DeeBERT or FastBERT: an `Exits` on stage 1's backbone, which stays as it is."""
+    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
+    fit(run, name, Ramps(exits), as_stage(loss), features)
+    return exits.eval()
+
+
+def train_pabee(run):
+    """PABEE: from stage 1's weights, backbone and ramps together."""
+    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
+    fit(run, "PABEE", exits, as_stage(pabee_loss), run.train)
+    return exits.eval()
+
+
+def train_first(run, k):
+    """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned as stage 1."""
+    torch.manual_seed(run.args.seed)
+    args = copy.copy(run.args)
+    args.model = None if run.args.task == "toy" else run.args.model
+    model = train.starting_model(args)[0]
+    model.bert.blocks = model.bert.blocks[:k]
+    model.bert.config = replace(model.bert.config, num_hidden_layers=k)
+    model.to(run.device)
+    fit(run, f"first {k}", model, train.stage1_loss, run.train)
+    return model.eval()
+
+
+def fit(run, name, model, loss, dataset):
+    """`train.fit` in a folder of its own inside the run's."""
+    args = copy.copy(run.args)
+    args.out = run.folder / name.lower().replace(" ", "-")
+    args.out.mkdir(exist_ok=True)
+    train.fit(name, model, loss, dataset, args, run.device, run.precision)
+    (args.out / "checkpoint.pt").unlink()
+
+
+def deebert(run, features=None):
+    """The run's DeeBERT: from its file deebert.pt, or trained now and kept there."""
+    return kept(run, "deebert.pt", lambda: train_ramps(run, features or train_features(run), deebert_loss, "DeeBERT"))
+
+
+def train_features(run):
+    """The [CLS] vectors of stage 1's backbone over the training set."""
+    return Features(run.stage1.bert, run.train, run.device, run.precision)
+
+
+def kept(run, file, make):
+    """An `Exits` of the run, read from its folder or else made and written there."""
+    path = run.folder / file
+    if not path.exists():
+        exits = make()
+        train.save(path, {"task": run.args.task, "exits": exits.state_dict()})
+        return exits
+    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
+    saved = bert.load_pickle(path, path)
+    try:
+        exits.load_state_dict(saved["exits"])
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise data.InputError(f"{path}: not of this run; delete it to train it again") from None
+    return exits.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 3.1: DeeBERT as a case of DACT
+
+
+class EntropyDact(dact.DactBert):
+    """DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w_n (H(y_n) - S_n)), H in nats.
+
+    exits: a trained DeeBERT; its backbone and ramps are used and stay frozen. S_n is the learned threshold of block n,
+    DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT.
+    """
+
+    def __init__(self, exits, tied, threshold=0.3, weight=10.0):
+        super().__init__(exits.backbone, exits.classifiers[-1])
+        self.classifiers = exits.classifiers
+        self.requires_grad_(False)
+        halts = [nn.Linear(1, 1) for _ in exits.classifiers]
+        for halt in halts:
+            nn.init.constant_(halt.weight, weight)
+            nn.init.constant_(halt.bias, -weight * threshold)
+        self.halts = nn.ModuleList(halts[:1] * len(halts) if tied else halts)
+
+    def head(self, n, hidden):
+        """y_n (B, C), h_n (B,), as in DACT."""
+        logits = self.classifiers[n - 1](hidden[:, 0].float())
+        return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
+
+    def forward(self, cls):
+        """Training, on cached vectors cls (B, N, D) -> y (N, B, C), h (N, B)."""
+        self.classifiers.eval()
+        said = [self.head(n, cls[:, n - 1 : n]) for n in range(1, cls.shape[1] + 1)]
+        return tuple(torch.stack(column) for column in zip(*said))
+
+    def thresholds(self):
+        """S_n = -bias / weight in nats, one for each block."""
+        return [(-halt.bias / halt.weight).item() for halt in self.halts]
+
+
+def train_entropy_dact(run, exits, features, tied):
+    """The third stage of section 3.1: only the confidence functions are trained, by equation (3)."""
+    model = EntropyDact(exits, tied).to(run.device)
+    fit(run, f"generality {'tied' if tied else 'untied'}", model, train.stage2_loss(run.args.tau), features)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def arguments(description, *flags):
+    """The flags that every file here has, and `flags`, pairs of (name, keywords) of its own."""
+    parser = train.Parser(description=description.splitlines()[0])
+    parser.add_argument("runs", nargs="*", default=["runs/toy"], help="folders of finished runs (default: runs/toy)")
+    parser.add_argument("--data", help="folder of the GLUE files (default: train.py's cache)")
+    for name, keywords in flags:
+        parser.add_argument(name, **keywords)
+    return parser
+
+
+def command(main):
+    """Run main(argv), with train.py's one line for mistakes; returns the exit status."""
+    try:
+        main(sys.argv[1:])
+    except (data.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
