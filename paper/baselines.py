@@ -212,45 +212,24 @@ class Ramps(nn.Module):
         return torch.stack([head(cls[:, n]) for n, head in enumerate([*self.classifiers, self.last])])
 
 
-def train_ramps(run, features, loss, name):
-    """Stage 2 of DeeBERT or FastBERT: an `Exits` on stage 1's backbone, which stays as it is."""
-    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
-    fit(run, name, Ramps(exits), as_stage(loss), features)
-    return exits.eval()
-
-
-def train_pabee(run):
-    """PABEE: from stage 1's weights, backbone and ramps together."""
-    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
-    fit(run, "PABEE", exits, as_stage(pabee_loss), run.train)
-    return exits.eval()
-
-
-def train_first(run, k):
-    """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned as stage 1."""
-    torch.manual_seed(run.args.seed)
-    args = copy.copy(run.args)
-    args.model = None if run.args.task == "toy" else run.args.model
-    model = train.starting_model(args)[0]
-    model.bert.blocks = model.bert.blocks[:k]
-    model.bert.config = replace(model.bert.config, num_hidden_layers=k)
-    model.to(run.device)
-    fit(run, f"first {k}", model, train.stage1_loss, run.train)
-    return model.eval()
-
-
-def fit(run, name, model, loss, dataset):
-    """`train.fit` in a folder of its own inside the run's."""
-    args = copy.copy(run.args)
-    args.out = run.folder / name.lower().replace(" ", "-")
-    args.out.mkdir(exist_ok=True)
-    train.fit(name, model, loss, dataset, args, run.device, run.precision)
-    (args.out / "checkpoint.pt").unlink()
-
-
 def deebert(run, features=None):
-    """The run's DeeBERT: from its file deebert.pt, or trained now and kept there."""
-    return kept(run, "deebert.pt", lambda: train_ramps(run, features or train_features(run), deebert_loss, "DeeBERT"))
+    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. features: `train_features`, if they are at hand."""
+    return ramps(run, features, deebert_loss, "DeeBERT")
+
+
+def fastbert(run, features=None):
+    """The run's FastBERT: as `deebert`, with the last classifier for a teacher in the place of the labels."""
+    return ramps(run, features, fastbert_loss, "FastBERT")
+
+
+def ramps(run, features, loss, name):
+    """An `Exits` whose ramps alone are trained."""
+    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
+
+    def train_it():
+        fit(run, name, Ramps(exits), as_stage(loss), features or train_features(run))
+
+    return kept(run, name, exits, train_it)
 
 
 def train_features(run):
@@ -258,20 +237,51 @@ def train_features(run):
     return Features(run.stage1.bert, run.train, run.device, run.precision)
 
 
-def kept(run, file, make):
-    """An `Exits` of the run, read from its folder or else made and written there."""
-    path = run.folder / file
-    if not path.exists():
-        exits = make()
-        train.save(path, {"task": run.args.task, "exits": exits.state_dict()})
-        return exits
+def pabee(run):
+    """The run's PABEE: from stage 1's weights, backbone and ramps together."""
     exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
-    saved = bert.load_pickle(path, path)
-    try:
-        exits.load_state_dict(saved["exits"])
-    except (RuntimeError, KeyError, TypeError, AttributeError):
-        raise data.InputError(f"{path}: not of this run; delete it to train it again") from None
-    return exits.eval()
+    return kept(run, "PABEE", exits, lambda: fit(run, "PABEE", exits, as_stage(pabee_loss), run.train))
+
+
+def first_blocks(run, k):
+    """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned as stage 1 was."""
+    args = copy.copy(run.args)
+    args.model = None if args.task == "toy" else args.model
+    torch.manual_seed(args.seed)
+    model = train.starting_model(args)[0]
+    model.bert.blocks = model.bert.blocks[:k]
+    model.bert.config = replace(model.bert.config, num_hidden_layers=k)
+    model.to(run.device)
+    return kept(run, f"first-{k}", model, lambda: fit(run, f"first-{k}", model, train.stage1_loss, run.train))
+
+
+def fit(run, name, model, loss, dataset, **changes):
+    """`train.fit` in a folder of its own inside the run's; an interrupted one goes on where it was.
+
+    changes: settings that differ from the run's, such as head_lr.
+    """
+    args = argparse.Namespace(**(vars(run.args) | changes))
+    args.out = run.folder / name.lower()
+    args.out.mkdir(exist_ok=True)
+    path = args.out / "checkpoint.pt"
+    checkpoint = bert.load_pickle(path, path) if path.exists() else None
+    train.fit(name, model, loss, dataset, args, run.device, run.precision, checkpoint)
+    path.unlink()
+
+
+def kept(run, name, model, train_it):
+    """`model` with the weights of the run's file <name>.pt; if there is none, `train_it()` trains it and they are kept."""
+    path = run.folder / f"{name.lower()}.pt"
+    if path.exists():
+        saved = bert.load_pickle(path, path)
+        try:
+            model.load_state_dict(saved["exits"])
+        except (RuntimeError, KeyError, TypeError, AttributeError):
+            raise data.InputError(f"{path}: not of this run; delete it to train it again") from None
+    else:
+        train_it()
+        train.save(path, {"task": run.args.task, "exits": model.state_dict()})
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +295,7 @@ class EntropyDact(dact.DactBert):
     DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT.
     """
 
-    def __init__(self, exits, tied, threshold=0.3, weight=10.0):
+    def __init__(self, exits, tied, threshold, weight=10.0):
         super().__init__(exits.backbone, exits.classifiers[-1])
         self.classifiers = exits.classifiers
         self.requires_grad_(False)
@@ -311,10 +321,12 @@ class EntropyDact(dact.DactBert):
         return [(-halt.bias / halt.weight).item() for halt in self.halts]
 
 
-def train_entropy_dact(run, exits, features, tied):
-    """The third stage of section 3.1: only the confidence functions are trained, by equation (3)."""
-    model = EntropyDact(exits, tied).to(run.device)
-    fit(run, f"generality {'tied' if tied else 'untied'}", model, train.stage2_loss(run.args.tau), features)
+def entropy_dact(run, exits, features, tied, threshold):
+    """The third stage of section 3.1: only the confidence functions are trained, by equation (3), from a start S."""
+    model = EntropyDact(exits, tied, threshold).to(run.device)
+    name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
+    # CHOICE: 1e-2. The rate that suits the heads of 384 inputs and more leaves two numbers where they started.
+    fit(run, name, model, train.stage2_loss(run.args.tau), features, head_lr=1e-2)
     return model.eval()
 
 

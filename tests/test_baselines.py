@@ -1,0 +1,280 @@
+"""paper/baselines.py, table1.py, generality.py: each system is what its paper says, and the scripts run."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import google_arrays, write_glue, write_google
+
+import bert
+import dact
+import data
+import train
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "paper"))
+import baselines
+import generality
+import table1
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A short run on a small toy task."""
+    folder, make = tmp_path_factory.mktemp("baselines") / "toy", data.toy_examples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
+        assert train.main(["--epochs", "1", "--batch", "32", "--precision", "float32", "--out", str(folder)]) == 0
+        yield folder
+
+
+@pytest.fixture
+def run(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    return baselines.open_run(tmp_path / "run")
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules and losses, by hand
+
+LOGITS = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.999, 0.001]], dtype=torch.float64))
+
+
+def test_entropy_by_hand():
+    # - 0.9 ln 0.9 - 0.1 ln 0.1 = 0.0948245 + 0.2302585
+    expected = torch.tensor([math.log(2), 0.3250830, 0.0079073], dtype=torch.float64)
+    torch.testing.assert_close(baselines.entropy(LOGITS), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(baselines.entropy(LOGITS + 7), expected, atol=1e-6, rtol=0)  # logits need no norm
+    confident = torch.tensor([[1000.0, 0.0], [-1000.0, 1000.0]])
+    assert baselines.entropy(confident).tolist() == [0, 0]
+
+
+def test_entropy_and_speed_rules():
+    assert baselines.entropy_rule(LOGITS, (), 0.25)[0].tolist() == [False, False, True]
+    assert baselines.entropy_rule(LOGITS, (), 0.33)[0].tolist() == [False, True, True]
+    assert baselines.entropy_rule(LOGITS, (), 0.75)[0].tolist() == [True, True, True]  # 0.75 > ln 2: all leave
+    # 0.3251 / ln 2 = 0.469
+    assert baselines.speed_rule(LOGITS, (), 0.46)[0].tolist() == [False, False, True]
+    assert baselines.speed_rule(LOGITS, (), 0.47)[0].tolist() == [False, True, True]
+
+
+def test_patience_by_hand():
+    """Answers A B B A A A A: the count of repetitions is 0 0 1 0 1 2 3."""
+    exits = []
+    for t in (0, 1, 2, 3):
+        state, left = (), []
+        for answer in "ABBAAAA":
+            logits = torch.tensor([[1.0, 0.0] if answer == "A" else [0.0, 1.0]])
+            halt, state = baselines.patience_rule(logits, state, t)
+            left.append(halt.item())
+        exits.append(left.index(True) + 1)
+    assert exits == [1, 3, 6, 7]
+
+
+def test_losses_by_hand():
+    probabilities = torch.tensor([[[0.5, 0.5]], [[0.9, 0.1]], [[0.8, 0.2]]], dtype=torch.float64)  # (N, B, C)
+    logits, label = probabilities.log(), torch.tensor([1])
+    ln = math.log
+    assert baselines.deebert_loss(logits, label).item() == pytest.approx(-ln(0.5) - ln(0.1))  # without the last
+    # KL(ramp || last): 0.5 ln(0.5 / 0.8) + 0.5 ln(0.5 / 0.2) + 0.9 ln(0.9 / 0.8) + 0.1 ln(0.1 / 0.2)
+    expected = 0.5 * ln(0.5 / 0.8) + 0.5 * ln(0.5 / 0.2) + 0.9 * ln(0.9 / 0.8) + 0.1 * ln(0.1 / 0.2)
+    assert baselines.fastbert_loss(logits, label).item() == pytest.approx(expected)
+    assert baselines.fastbert_loss(logits[[2, 2, 2]], label).item() == pytest.approx(0, abs=1e-12)
+    expected = (1 * -ln(0.5) + 2 * -ln(0.1) + 3 * -ln(0.2)) / 6
+    assert baselines.pabee_loss(logits, label).item() == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("system", [baselines.deebert, baselines.fastbert])
+def test_frozen_weights_stay_and_ramps_learn(run, system):
+    backbone, last = weights(run.stage1.bert), weights(run.stage1.classifier)
+    exits = system(run)
+    assert same(backbone, weights(exits.backbone)) and same(last, weights(exits.classifiers[-1]))
+    assert all(not same(last, weights(ramp)) for ramp in exits.classifiers[:-1])
+    again = system(run)  # from its file
+    assert same(weights(exits), weights(again))
+
+
+def test_ramps_on_cached_vectors_are_the_ramps_of_the_model(run):
+    features = baselines.Features(run.stage1.bert, run.dev, run.device, "float32")
+    exits = baselines.Exits(run.stage1.bert, run.stage1.classifier).eval()
+    for n, ramp in enumerate(exits.classifiers):
+        torch.nn.init.normal_(ramp.linear.bias, mean=float(n))
+    indices = data.evaluation_batches(run.dev.lengths, 20)[1]
+    inputs, labels = run.dev.batch(indices)
+    (cls,), same_labels = features.batch(indices)
+    with torch.no_grad():
+        torch.testing.assert_close(baselines.Ramps(exits).eval()(cls), exits(*inputs), atol=1e-5, rtol=1e-5)
+    assert torch.equal(labels, same_labels)
+
+
+def test_pabee_trains_everything(run):
+    before = weights(run.stage1.bert)
+    exits = baselines.pabee(run)
+    after = weights(exits.backbone)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert same(before, weights(run.stage1.bert))  # on a copy
+
+
+def test_first_blocks_are_those_of_the_pretrained_model(tmp_path):
+    model, folder = write_google(tmp_path / "model", google_arrays()), tmp_path / "glue"
+    write_glue(folder, "RTE")
+    argv = ["--task", "rte", "--model", model, "--data", folder, "--out", tmp_path / "run", "--epochs", "0.01"]
+    assert train.main([str(word) for word in argv]) == 0
+    run = baselines.open_run(tmp_path / "run", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", lambda *args: (run.folder / "first-1" / "checkpoint.pt").write_text(""))
+        cut = baselines.first_blocks(run, 1)
+    pretrained, _ = bert.load_pretrained(model, 2)
+    assert len(cut.bert.blocks) == 1 and cut.bert.config.num_hidden_layers == 1
+    assert same(weights(cut.bert), weights(pretrained.bert))
+
+
+def test_an_interrupted_system_goes_on(run, monkeypatch, capsys):
+    """16 steps an epoch, stopped in the second epoch of two."""
+    run.args.epochs = 2
+    whole, progress = weights(baselines.pabee(run)), train.progress
+    (run.folder / "pabee.pt").unlink()
+
+    def stop(stage, step, *rest):
+        if step > 20:
+            raise KeyboardInterrupt
+        progress(stage, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "progress", stop)
+        baselines.pabee(run)
+    assert same(whole, weights(baselines.pabee(run))) and "resumed" in capsys.readouterr().out
+
+
+def test_a_file_of_another_run_is_refused(run):
+    torch.save({"exits": {}}, run.folder / "deebert.pt")
+    with pytest.raises(data.InputError, match="delete it to train it again"):
+        baselines.deebert(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exits
+
+
+def exits_of(run, rule):
+    """An `Exits` that answers differently for every example and block, and what a rule makes of it on the dev set."""
+    torch.manual_seed(0)
+    exits = baselines.Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).eval()
+    for name, weight in exits.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.5 if "linear" in name else 0.3)
+    answers = train.answer({"x": partial(exits.early_exit, rule=rule)}, run.dev, 16, run.device, "float32")["x"]
+    return exits, answers
+
+
+def test_s_0_runs_all_blocks_and_s_above_ln_c_runs_one(run):
+    assert exits_of(run, partial(baselines.entropy_rule, S=0.0))[1].exit_block.unique().tolist() == [6]
+    assert exits_of(run, partial(baselines.entropy_rule, S=math.log(2) + 1e-6))[1].exit_block.unique().tolist() == [1]
+    assert exits_of(run, partial(baselines.speed_rule, speed=0.0))[1].exit_block.unique().tolist() == [6]
+    assert exits_of(run, partial(baselines.patience_rule, t=0))[1].exit_block.unique().tolist() == [1]
+    assert exits_of(run, partial(baselines.patience_rule, t=5))[1].exit_block.unique().tolist() == [6]
+
+
+@pytest.mark.parametrize("rule", [partial(baselines.entropy_rule, S=0.4), partial(baselines.patience_rule, t=2)])
+def test_batched_exit_is_the_exit_of_each_alone(run, rule):
+    """Worked out from the logits of all blocks, one example at a time, against the batches that shrink."""
+    exits, answers = exits_of(run, rule)
+    logits = table1.dev_logits(run, exits)
+    labels, exit_block = table1.simulate(logits, rule)
+    assert torch.equal(exit_block, answers.exit_block) and torch.equal(labels, answers.labels)
+    assert len(exit_block.unique()) > 2
+    for i in range(20):
+        state = ()
+        for n in range(1, 7):
+            halt, state = rule(logits[n - 1, i : i + 1], state)
+            if halt or n == 6:
+                break
+        assert (n, logits[n - 1, i].argmax()) == (exit_block[i], labels[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 3.1, and the scripts
+
+
+def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
+    exits = baselines.Exits(run.stage1.bert, run.stage1.classifier).eval()
+    tied, untied = (baselines.EntropyDact(exits, tied, threshold=0.25, weight=8.0) for tied in (True, False))
+    assert tied.thresholds() == pytest.approx([0.25] * 6) == untied.thresholds()
+    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (tied, untied)]
+    assert trained == [2, 12]
+    hidden = torch.randn(5, 3, 64)
+    y_n, h_n = tied.head(2, hidden)
+    H = -(y_n * y_n.log()).sum(1)
+    torch.testing.assert_close(h_n, torch.sigmoid(8 * (H - 0.25)), atol=1e-5, rtol=1e-5)
+    before = weights(exits)
+    features = baselines.Features(run.stage1.bert, run.dev, run.device, "float32")
+    model = baselines.entropy_dact(run, exits, features, False, 0.25)
+    assert same(before, weights(exits)) and model.thresholds() != pytest.approx([0.25] * 6, abs=1e-4)
+
+
+def test_scripts_run_on_the_toy_task(run, capsys):
+    assert baselines.command(lambda _: generality.main([str(run.folder)])) == 0
+    assert "untied, from S = 0.5" in capsys.readouterr().out
+    assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
+    table = (run.folder / "table1.md").read_text()
+    assert table.count("\n| ") == 14 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
+    result = json.loads((run.folder / "table1.json").read_text())
+    metrics = train.read_metrics(run.folder)
+    assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
+    assert result["rows"]["DACT, rule (4)"]["saved"] == metrics["rules"]["paper"]["saved"]
+    assert result["rows"]["DeeBERT, S = 0.75"]["saved"] == pytest.approx(100 * 5 / 6)
+    capsys.readouterr()
+    (run.folder / "dact.pt").unlink()  # what was measured is not measured again
+    assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
+    assert capsys.readouterr().out.strip().startswith("**toy")
+
+
+def test_a_table_over_seeds():
+    results = [
+        {"seed": seed, "curves": {}, "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1.0}
+         for row, value in (("majority", 50), ("base", 60 + seed), ("DACT, rule (4)", 60), ("DACT, exact rule", 61))}}
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+    text = table1.markdown("rte", "m", results)
+    assert "seed(s) 0, 1, 2" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
+    assert "| 62.7 %, 50.0 % |" in text  # the paper's DACT on RTE
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    for script in (table1, generality):
+        assert baselines.command(lambda _, script=script: script.main([str(tmp_path)])) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "metrics.json" in error and error.count("\n") == 1
+
+
+def test_dact_and_baselines_leave_by_the_same_function(run):
+    """DACT's rule written as a step of the common loop gives DACT's exits."""
+    N = 6
+
+    def step(n, hidden, state):
+        y, h = run.dact.head(n, hidden)
+        a, p = dact.accumulate(y, h, *(state or dact.start(y)))
+        left, right = dact.exact_rule(a, p, N - n)
+        return a, left >= right, (a, p)
+
+    inputs, _ = run.dev.batch(data.evaluation_batches(run.dev.lengths, 30)[0])
+    ours = dact.early_exit(run.dact.backbone, inputs, step)
+    theirs = run.dact.early_exit(*inputs, rule=dact.exact_rule)
+    assert torch.equal(ours.exit_block, theirs.exit_block) and torch.equal(ours.a, theirs.a)
