@@ -1,0 +1,334 @@
+"""Figures 2 and 5, and pruning: what they compute, by hand and by brute force; what they leave and refuse."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fakes import CONFIG, google_arrays, hugging_face_names, write_google
+from transformers import BertConfig as ReferenceConfig
+from transformers import BertModel
+
+import bert
+import dact
+import data
+import train
+
+PAPER = Path(train.__file__).parent / "paper"
+sys.path.insert(0, str(PAPER))
+
+import baselines
+import figure2
+import figure5
+import pruning
+
+SCRIPTS = {"figure2": figure2, "figure5": figure5, "pruning": pruning}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_toy_task():
+    """A twelfth of the toy task's sentences for this file: training then takes seconds."""
+    whole = data.toy_examples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "toy_examples", lambda count, seed: whole(count // 12, seed))
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """The folder of a short run, 341 training and 50 dev examples."""
+    folder = tmp_path_factory.mktemp("toy")
+    argv = ["--epochs", "1", "--batch", "16", "--precision", "float32", "--out", str(folder)]
+    assert train.main(argv) == 0
+    return folder
+
+
+@pytest.fixture
+def run(toy_run):
+    """The run, opened anew for each test, so that a test may change its models."""
+    return baselines.open_run(toy_run)
+
+
+def random_run(run, seed=1):
+    """Give a run's DactBert large random weights: answers and halting differ by example and by block."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in run.dact.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.4, generator=generator)
+        for part in (*run.dact.classifiers, *run.dact.halts):
+            for name, parameter in part.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+    return run
+
+
+def running_answers(model, dataset):
+    """All a_n (N, n, C) and p_n (N, n) of a dataset, one example at a time, so without pads."""
+    with torch.no_grad():
+        said = [dact.accumulate_all(*model(*dataset.batch([i])[0])) for i in range(len(dataset))]
+    return tuple(torch.cat(column, 1) for column in zip(*said))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 2
+
+
+def test_attention_entropy_by_hand():
+    """Scores of x_1 = (r, 0), x_2 = (0, r) under identity maps, r^2 / sqrt(2) = ln 3: ln 3 to itself, 0 to the other.
+
+    The weights are then 3/4 and 1/4, the entropy 3/4 ln 4/3 + 1/4 ln 4 = 0.2158 + 0.3466 = 0.5623. The pad would win.
+    """
+    attention = bert.SelfAttention(bert.BertConfig(1, 2, 1, 1, 1))
+    for linear in (attention.query, attention.key):
+        linear.weight.data, linear.bias.data = torch.eye(2), torch.zeros(2)
+    r = math.sqrt(math.sqrt(2) * math.log(3))
+    hidden, mask = torch.tensor([[[r, 0.0], [0.0, r], [50.0, 50.0]]]), torch.tensor([[True, True, False]])
+    found = figure2.attention_entropy(attention, hidden, mask)
+    assert found.shape == (1, 1, 3)
+    assert found[0, 0, :2].tolist() == pytest.approx([0.5623, 0.5623], abs=1e-4)
+
+
+def test_attention_entropy_equals_transformers(tmp_path):
+    arrays = google_arrays()
+    model = bert.load_pretrained(write_google(tmp_path / "model", arrays), 2)[0].bert.eval()
+    reference = BertModel(ReferenceConfig(**CONFIG, attn_implementation="eager")).eval()
+    reference.load_state_dict(hugging_face_names(arrays))
+    lengths = torch.tensor([9, 3, 6])
+    mask = torch.arange(9) < lengths[:, None]
+    input_ids = torch.randint(5, CONFIG["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(0)) * mask
+    segment_ids = torch.zeros_like(input_ids)
+    with torch.no_grad():
+        expected = reference(input_ids, mask.long(), segment_ids, output_attentions=True).attentions
+        hidden = model.embed(input_ids, segment_ids)
+        for block, weights in zip(model.blocks, expected):
+            found = figure2.attention_entropy(block.attention, hidden, mask).transpose(1, 2)  # (B, T, H)
+            wanted = -(weights * weights.clamp(min=1e-30).log()).sum(-1).transpose(1, 2)
+            assert wanted[mask].std() > 0.05  # heads and tokens differ
+            torch.testing.assert_close(found[mask], wanted[mask], atol=1e-4, rtol=0)
+            hidden = block(hidden, mask)
+
+
+def test_heads_that_see_no_difference_look_evenly(run):
+    """Queries of 0: every score is 0, every weight 1 / T; the entropy is log T for T real tokens, without pads."""
+    for block in run.stage1.bert.blocks:
+        torch.nn.init.zeros_(block.attention.query.weight)
+        torch.nn.init.zeros_(block.attention.query.bias)
+    found = figure2.head_entropies(run.stage1.bert, run.dev, 16, run.device)
+    tokens = [math.log(length) for length in run.dev.lengths for _ in range(length)]
+    assert len(set(tokens)) > 3 and found.shape == (6, 1)
+    assert found.flatten().tolist() == pytest.approx([sum(tokens) / len(tokens)] * 6, abs=1e-5)
+    assert figure2.uniform_entropy(run.dev.lengths) == pytest.approx(sum(tokens) / len(tokens))
+
+
+def test_head_entropies_are_means_over_tokens_without_pads(run):
+    """The same numbers from one example at a time: no pads, no batches."""
+    backbone, total = run.dact.backbone, torch.zeros(6)
+    with torch.no_grad():
+        for i in range(len(run.dev)):
+            *inputs, mask = run.dev.batch([i])[0]
+            hidden = backbone.embed(*inputs)
+            for n, block in enumerate(backbone.blocks):
+                q, k = block.attention.query(hidden)[0], block.attention.key(hidden)[0]  # the toy has one head
+                total[n] += baselines.entropy(q @ k.T / 8).sum()  # 8 = sqrt(64)
+                hidden = block(hidden, mask)
+    expected = total / int(run.dev.lengths.sum())
+    assert expected.std() > 1e-3
+    for batch_size in (7, 50):
+        found = figure2.head_entropies(backbone, run.dev, batch_size, run.device)[:, 0]
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_shares_that_reach_a_block(run):
+    """From the exits that were measured: block n is reached by those that leave at n or later."""
+    answers = pruning.answers_of(random_run(run), {"DACT": run.dact}, run.dev)["DACT"]
+    shares = figure2.reached(run, run.dev)
+    assert len(set(answers.exit_block.tolist())) > 2 and shares[0] == 1
+    later = sum(answers.exit_block.tolist().count(n) for n in (4, 5, 6))
+    assert shares[3] == pytest.approx(later / 50)
+
+
+def test_figure_2_draws_what_it_measured(run):
+    panel = figure2.measure(run, 20)
+    assert "first 20 of 50 dev examples" in panel.title and len(panel.reached) == 6
+    assert "all 50 dev examples" in figure2.measure(run, 50).title
+    half = figure2.head_entropies(run.stage1.bert, figure2.first(run.dev, 20), 16, run.device)
+    torch.testing.assert_close(panel.entropies["DeeBERT"], half)
+    axes = figure2.draw([panel, panel]).axes
+    assert len(axes) == 2
+    drawn = [line.get_ydata() for line in axes[1].lines]
+    for heads in panel.entropies.values():
+        assert any(len(ys) == 6 and np.allclose(ys, heads.mean(1)) for ys in drawn)
+    shares = [label.get_text().split("\n")[1] for label in axes[0].get_xticklabels()]
+    assert shares == [f"{100 * share:.0f}%" for share in panel.reached]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 5
+
+
+def test_histograms_of_figure_5(run):
+    """Entropy is never under 0 and never over log 2 = 0.69: S = 0 leaves after block 6, S = 0.7 after block 1."""
+    panel = figure5.measure(run, [0.0, 0.4, 0.7])
+    assert list(panel.exits) == [
+        "DACT, rule (4)", "DACT, exact rule", "DeeBERT, S = 0", "DeeBERT, S = 0.4", "DeeBERT, S = 0.7"
+    ]  # fmt: skip
+    assert all(len(counts) == 6 and sum(counts) == 50 for counts in panel.exits.values())
+    assert panel.exits["DeeBERT, S = 0"] == [0, 0, 0, 0, 0, 50]
+    assert panel.exits["DeeBERT, S = 0.7"] == [50, 0, 0, 0, 0, 0]
+    assert panel.scores["DeeBERT, S = 0"] == pytest.approx(run.metrics["full"])  # the last ramp is stage 1's classifier
+
+
+def test_histograms_of_figure_5_are_the_rules_own(run):
+    """From all running answers: the exit is the first block at which the rule's left side reaches its right."""
+    a, p = running_answers(random_run(run).dact, run.dev)
+    exits, counted = figure5.measure(run, [0.3]).exits, {}
+    for form, rule in (("DACT, rule (4)", dact.paper_rule), ("DACT, exact rule", dact.exact_rule)):
+        halts = torch.stack([torch.ge(*rule(a[n], p[n], 5 - n)) for n in range(6)])
+        halts[5] = True
+        first = halts.int().argmax(0)  # of equal maxima, the first
+        counted[form] = [(first == n).sum().item() for n in range(6)]
+        assert exits[form] == counted[form]
+    assert counted["DACT, rule (4)"] != counted["DACT, exact rule"]
+
+
+def test_figure_5_draws_and_prints_what_it_measured():
+    exits = {"DACT, rule (4)": [0, 30, 10], "DeeBERT, S = 0.5": [25, 0, 15]}
+    panel = figure5.Panel("toy: 40 dev examples", exits, {form: {"accuracy": 62.5} for form in exits})
+    heights = [bar.get_height() for bar in figure5.draw([panel]).axes[0].patches]
+    assert heights == [0, 30, 10, 25, 0, 15]
+    rows = [line.split() for line in figure5.table(panel).splitlines()]
+    # (2 * 30 + 3 * 10) / 40 = 2.25 and (25 + 3 * 15) / 40 = 1.75
+    assert rows[2][-5:] == ["0", "30", "10", "2.25", "62.5%"]
+    assert rows[3][-5:] == ["25", "0", "15", "1.75", "62.5%"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pruning
+
+
+@pytest.mark.parametrize("rule", dact.RULES)
+def test_a_pruned_model_answers_with_the_winner_of_a_K(run, rule):
+    """By brute force, for every K: whatever the exits, the label is the winner of the whole model's a_K."""
+    random_run(run)
+    run.args.rule = rule
+    a, _ = running_answers(run.dact, run.dev)
+    moved = 0
+    for K in range(1, 7):
+        answers = pruning.answers_of(run, {"whole": run.dact, "pruned": pruning.prune(run.dact, K)}, run.dev)
+        assert torch.equal(answers["pruned"].labels, a[K - 1].argmax(-1))
+        assert (answers["pruned"].exit_block <= answers["whole"].exit_block.clamp(max=K)).all()
+        past, lost, others = pruning.changes(answers["whole"], answers["pruned"], K)
+        assert past == (answers["whole"].exit_block > K).sum() and others == 0
+        moved += lost
+    assert moved > 0  # there was something to lose: some examples did need the dropped blocks
+
+
+def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path):
+    """h_1 = h_2 = h_3 = 1 and h_4 = 0: all leave at block 4. Cut there, saved and loaded, the labels are the same."""
+    random_run(run)
+    for halt in run.dact.halts[:3]:
+        torch.nn.init.constant_(halt.bias, 50.0)
+    torch.nn.init.zeros_(run.dact.halts[3].weight)
+    torch.nn.init.constant_(run.dact.halts[3].bias, -50.0)
+    for name in ("dact.pt", "stage1.pt", "metrics.json"):
+        shutil.copy(run.folder / name, tmp_path)
+    run = run._replace(folder=tmp_path)
+    assert pruning.last_block_reached(run) == 4
+    path = pruning.save_pruned(run, 4)
+    small = train.load_run(path, 2, "toy")[0].eval()
+    assert small.backbone.config.num_hidden_layers == 4
+    assert [len(part) for part in (small.backbone.blocks, small.classifiers, small.halts)] == [4, 4, 4]
+    assert path.stat().st_size < 0.8 * (tmp_path / "dact.pt").stat().st_size
+    answers = pruning.answers_of(run, {"whole": run.dact, "pruned": small}, run.dev)
+    assert answers["whole"].labels.unique().tolist() == [0, 1]
+    assert torch.equal(answers["whole"].labels, answers["pruned"].labels)
+    assert len(run.dact.backbone.blocks) == 6  # the whole model is left as it was
+
+
+def test_the_last_block_that_an_example_reaches(run):
+    """Cut to 4 blocks, some training examples leave early and some at block 4: K is the exit of the last of them."""
+    run = run._replace(dact=pruning.prune(random_run(run).dact, 4))
+    exit_block = pruning.answers_of(run, {"DACT": run.dact}, run.train)["DACT"].exit_block
+    assert exit_block.min() < exit_block.max() == 4
+    assert pruning.last_block_reached(run) == 4
+
+
+def test_changes_are_counted_apart():
+    before = SimpleNamespace(exit_block=torch.tensor([3, 5, 6, 2, 6]), labels=torch.tensor([0, 1, 1, 0, 1]))
+    after = SimpleNamespace(exit_block=torch.tensor([3, 4, 4, 2, 4]), labels=torch.tensor([0, 1, 0, 1, 0]))
+    assert pruning.changes(before, after, 4) == (3, 2, 1)  # 5, 6 and 6 went past; two of them changed, and the 2 did
+
+
+def test_a_model_that_needs_all_its_blocks_is_left_alone(run, tmp_path, capsys):
+    for halt in run.dact.halts:  # h = 1: nothing is ever safe to stop
+        torch.nn.init.constant_(halt.bias, 50.0)
+    shutil.copy(run.folder / "dact.pt", tmp_path)
+    run = run._replace(folder=tmp_path)
+    pruning.prune_run(run, None)
+    assert "no block can be dropped" in capsys.readouterr().out and not (tmp_path / "pruned.pt").exists()
+    pruning.prune_run(run, 2)  # forced
+    out = capsys.readouterr().out
+    assert "dropped    block 3 to 6, as told" in out and "50 of 50 dev examples went past block 2" in out
+    assert (tmp_path / "pruned.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
+    folder = shutil.copytree(toy_run, tmp_path / "run")
+    for name in ("figure2", "figure5"):
+        SCRIPTS[name].main([str(folder), str(toy_run)])
+        assert (folder / f"{name}.png").read_bytes().startswith(PNG)
+        assert f"saved      {folder / name}.png" in capsys.readouterr().out
+    pruning.main([str(folder), "--keep", "3"])
+    out = capsys.readouterr().out
+    assert "block 4 to 6" in out and str(folder / "pruned.pt") in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if "," in line and "%" in line}
+    sizes = {name: int(rows[name][3].replace(",", "")) for name in ("unpruned", "pruned")}
+    assert sizes["pruned"] == (folder / "pruned.pt").stat().st_size < sizes["unpruned"]
+    # A block of the toy: 4 (64 * 64 + 64) attention, 2 * 64 * 128 + 128 + 64 feed-forward, 4 * 64 norms = 33472;
+    # its heads: 64 * 64 + 64 pooler, 2 * 64 + 2 linear, 64 + 1 halting = 4355; three of them go.
+    counts = [int(rows[name][2].replace(",", "")) for name in ("unpruned", "pruned")]
+    assert counts[0] - counts[1] == 3 * (33472 + 4355)
+
+
+def test_train_py_reads_a_pruned_model(toy_run, tmp_path, capsys):
+    run = baselines.open_run(toy_run)._replace(folder=tmp_path)
+    shutil.copy(toy_run / "dact.pt", tmp_path)
+    pruning.save_pruned(run, 3).rename(tmp_path / "dact.pt")
+    assert train.main(["--out", str(tmp_path), "--explain", "the tea was not lovely"]) == 0
+    assert "of 3 with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_folder_that_is_no_run(name, tmp_path):
+    argv = [sys.executable, str(PAPER / f"{name}.py"), str(tmp_path)]
+    ended = subprocess.run(argv, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and "no such file" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("figure2", ["--examples", "0"]),
+        ("figure5", ["--S", "nan"]),
+        ("figure5", ["--S", "-1"]),
+        ("pruning", ["--keep", "0"]),
+        ("pruning", ["--keep", "6"]),
+    ],
+)
+def test_bad_flags(name, words, toy_run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, str(toy_run), *words])
+    assert baselines.command(SCRIPTS[name].main) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words[0] in error
