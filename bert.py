@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens, D hidden size, H attention heads, C classes.
 
 import io
 import json
+import mmap
 import re
 import struct
 import zipfile
@@ -28,6 +29,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 from tokenizers.processors import BertProcessing, RobertaProcessing
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from data import ZIP_ERRORS, InputError, cache_dir, download
 
@@ -223,7 +225,7 @@ def wordpiece_tokenizer(vocab, source="vocab.txt"):
     """
     ids = {token: i for i, token in enumerate(vocab)}
     need_tokens(ids, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), source)
-    lowercase = all(token == token.lower() for token in vocab if not re.fullmatch(r"\[.+\]", token))
+    lowercase = all(token == token.lower() or re.fullmatch(r"\[.+\]", token) for token in vocab)
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
     tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in ids])
     tokenizer.normalizer = BertNormalizer(lowercase=lowercase)  # strips accents exactly when it lowers
@@ -356,9 +358,19 @@ def load_pretrained(name, num_classes):
     return build(config, num_classes, tensors, path), tokenizer
 
 
+class NoRandomStart(TorchFunctionMode):
+    """For torch.device("meta"), where modules are made whose weights come from a file: leaves nn.Embedding's start out.
+
+    "meta" would import torch's whole compiler (2 s) for normal_, to compute nothing.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
 def build(config, num_classes, tensors, source):
-    """A BertClassifier from `tensors` {our name: tensor}, each copied once, straight to its float32 place."""
-    with torch.device("meta"):  # no memory and no random start for what the checkpoint overwrites
+    """A BertClassifier that has `tensors` {our name: tensor}, in float32, as its weights."""
+    with torch.device("meta"), NoRandomStart():  # no memory for what the checkpoint overwrites
         model = BertClassifier(Bert(config), Classifier(config, num_classes))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wanted = {key: shape for key, shape in wanted.items() if not key.startswith("classifier.linear")}
@@ -378,10 +390,7 @@ def build(config, num_classes, tensors, source):
                 "give the config that came with the weights"
             )
     model.classifier = Classifier(config, num_classes).apply(init_weights)
-    state = {
-        key: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+    state = {key: tensor.float().contiguous() for key, tensor in tensors.items()}  # as the readers give them, mostly
     model.load_state_dict(state, strict=False, assign=True)
     return model
 
@@ -449,6 +458,18 @@ def read_file(path, name):
     return np.frombuffer(content, np.uint8)
 
 
+def own_tensor(content, start, end, dtype, shape, transposed=False):
+    """Bytes start to end of what `read_file` gave as a float32 tensor: the one copy on their way into the model."""
+    tensor = torch.from_numpy(content[start:end]).view(dtype).view(shape)
+    tensor = tensor.T if transposed else tensor
+    tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if isinstance(content, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        content.base.madvise(
+            mmap.MADV_DONTNEED
+        )  # else the file's pages stay too, and the weights take twice the memory
+    return tensor
+
+
 def read_json(path, name):
     content = read_file(path, name).tobytes()
     try:
@@ -505,7 +526,7 @@ class Entry(NamedTuple):
 
 
 def read_google(path, files):
-    """{our name: tensor} of the TensorFlow checkpoint in a folder or zip; views of the file, nothing copied yet."""
+    """{our name: tensor} of the TensorFlow checkpoint in a folder or zip."""
     indices = [name for name in files if name.endswith(".ckpt.index")]
     if len(indices) != 1:
         raise InputError(f"{path}: {len(indices)} files named *.ckpt.index, expected one; give the whole checkpoint")
@@ -527,10 +548,9 @@ def read_google(path, files):
                 f"{path}: {shard} ends after {len(shards[shard])} bytes, inside or before {name}; "
                 "copy or download it again"
             )
-        raw = shards[shard][entry.offset : entry.offset + entry.size]
-        tensor = torch.from_numpy(raw).view(torch.float32).view(entry.shape)
-        if name.endswith("kernel"):  # TensorFlow keeps (in, out), nn.Linear (out, in)
-            tensor = tensor.T
+        place = entry.offset, entry.offset + entry.size
+        kernel = name.endswith("kernel")  # TensorFlow keeps (in, out), nn.Linear (out, in)
+        tensor = own_tensor(shards[shard], *place, torch.float32, entry.shape, transposed=kernel)
         key = re.sub(r"/layer_(\d+)/", r"/layer/\1/", name).replace("/", ".").replace(".kernel", ".weight")
         key = key + ".weight" if key.endswith("_embeddings") else key
         tensors[our_name(key)] = tensor
@@ -644,7 +664,7 @@ SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.b
 
 
 def read_safetensors(path):
-    """{our name: tensor} of model.safetensors in a folder or zip; views of the file, nothing copied yet."""
+    """{our name: tensor} of model.safetensors in a folder or zip."""
     content = read_file(path, "model.safetensors")
     source = f"{path}: model.safetensors"
     try:
@@ -677,8 +697,8 @@ def read_safetensors(path):
             raise InputError(f"{source} ends after {len(content)} bytes, inside or before {name}; download it again")
         if end - start != prod(shape) * SAFETENSORS_TYPES[dtype].itemsize:
             raise InputError(f"{source}: {name} has shape {shape} in {end - start} bytes; download it again")
-        raw = torch.from_numpy(content[8 + length + start : 8 + length + end])
-        tensors[our_name(name)] = raw.view(SAFETENSORS_TYPES[dtype]).view(shape)
+        place = 8 + length + start, 8 + length + end
+        tensors[our_name(name)] = own_tensor(content, *place, SAFETENSORS_TYPES[dtype], shape)
     return tensors
 
 

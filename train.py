@@ -3,6 +3,7 @@
     python train.py                 the toy task: a tiny BERT from scratch, two minutes on a laptop
     python train.py --task rte      the paper's experiment: downloads Google's BERT-base and GLUE's RTE
     python train.py --explain "the tea was not lovely"     a finished run at work on your own sentence
+    torchrun --nproc_per_node 2 train.py --task rte        the same on two GPUs, or wherever torchrun starts processes
 
 Stage 1 fine-tunes the backbone and one classifier. Stage 2 starts from it and trains backbone and DACT heads together.
 Shapes: B sequences, C classes, N blocks.
@@ -23,8 +24,10 @@ from typing import NamedTuple
 
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch.nn.parallel import DistributedDataParallel
 
 import bert
 import dact
@@ -123,16 +126,21 @@ def number(kind, low, high):
 
 def run(args):
     """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out."""
+    join_processes()
     device = pick_device()
     precision, reason = pick_precision(device, args.precision)
     checkpoint = find_checkpoint(args, precision)
+    if len(set(everyone(checkpoint and (checkpoint["stage"], checkpoint["step"])))) > 1:
+        raise InputError(
+            f"{args.out} does not hold the same run for every process; name a folder that all machines share"
+        )
     torch.manual_seed(args.seed)
     stage1, tokenizer, name = starting_model(args)
     pad_id = stage1.bert.config.pad_token_id
     max_tokens = min(args.max_tokens, stage1.bert.config.max_tokens)
     train, dev = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}
-    print(f"device     {device}, {precision} ({reason})")
+    print(f"device     {device}, {precision} ({reason})" + f", {num_processes()} processes" * dist.is_initialized())
     print(f"model      {name}, {sum(p.numel() for p in stage1.parameters()) / 1e6:.1f} M parameters")
     print(f"task       {args.task}, {len(train)} training and {len(dev)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{key} {value}" for key, value in versions.items()))
@@ -140,7 +148,7 @@ def run(args):
     header = {"task": args.task, "model": name, "max_tokens": max_tokens}
     header |= {"config": asdict(stage1.bert.config), "tokenizer": tokenizer.to_str()}
     seconds = {}
-    if checkpoint is None:
+    if checkpoint is None and rank() == 0:
         clear_folder(args, precision)
     stage1.to(device)
     if args.stage1 is None:
@@ -159,15 +167,20 @@ def run(args):
     results = evaluate(stage1, adaptive, dev, args, device, precision)
     report(results, train, dev, args, N)
     write_metrics(results, seconds, dev, args, name, precision, versions, N)
-    (args.out / "checkpoint.pt").unlink(missing_ok=True)
+    if rank() == 0:
+        (args.out / "checkpoint.pt").unlink(missing_ok=True)
     print(f"saved      {args.out}/dact.pt and metrics.json")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pick_device():
-    """The best device there is: cuda, then mps, then cpu."""
+    """The best device there is: cuda (with TF32 where it multiplies float32), then mps, then cpu."""
     if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    # The processes of torchrun cannot exchange gradients from mps.
+    return torch.device("mps" if torch.backends.mps.is_available() and not dist.is_initialized() else "cpu")
 
 
 def pick_precision(device, asked):
@@ -198,6 +211,43 @@ def starting_model(args):
         return model.apply(bert.init_weights), bert.wordpiece_tokenizer(TOY_VOCAB), "toy (from scratch)"
     name = args.model or "bert-base-uncased"
     return *bert.load_pretrained(name, num_classes), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, one for each GPU: torchrun starts the same program once for each
+
+
+def join_processes():
+    """Under torchrun, meet the other processes. Each has its own GPU, and only the first prints and writes files."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    local, wanted = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        if wanted > torch.cuda.device_count():
+            raise InputError(
+                f"{wanted} processes on {torch.cuda.device_count()} GPUs; give torchrun a smaller --nproc_per_node"
+            )
+        torch.cuda.set_device(local)  # "cuda" is this one from here on
+    dist.init_process_group()
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+
+
+def rank():
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def everyone(thing):
+    """[the thing of every process], in the order of their numbers; all have to ask, and wait for each other."""
+    things = [thing] * num_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,32 +287,35 @@ def fit(stage, model, loss_of, train, args, device, precision, checkpoint=None, 
     Leaves args.out/checkpoint.pt after every epoch. checkpoint: the content of one; if it is of this stage, training
     goes on behind it, to the same numbers. before: what the stage before took in seconds, for the checkpoint to keep.
     """
-    torch.manual_seed(args.seed)  # so that stage 2 is the same whether stage 1 ran before it or was read from a file
+    # Stage 2 is the same whether stage 1 ran before it or was read from a file. Each process has a dropout of its own.
+    torch.manual_seed(args.seed + rank())
     per_epoch = -(-len(train) // args.batch)
     steps = max(1, round(args.epochs * per_epoch))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     done, earlier, interval = 0, 0.0, max(1, steps // 20)
     if checkpoint and checkpoint["stage"] == stage:
         done, earlier = restore(checkpoint, model, optimizer, device, args.out)
+    parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # the same weights, shared gradients
     began, examples = time.perf_counter(), 0
     sums = []  # (loss, price, mean h) of each step since the last line, left on the device: reading them would stall it
     model.train()
-    batches = endless_batches(train, args, device, done // per_epoch)
+    batches = endless_batches(train, args, done // per_epoch)
     for step in range(done + 1, steps + 1):
-        inputs, labels = next(batches)
+        indices = next(batches)
+        inputs, labels, weight = own_share(train, indices, device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * warm_up_and_decay(step, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            said = loss_of(model, inputs, labels)
-        said[0].backward()
+            said = loss_of(parallel, inputs, labels)
+        (said[0] * weight).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        examples += len(labels)
-        sums.append(torch.stack(said).detach())
+        examples += len(indices)
+        sums.append(torch.stack(said).detach() * weight)
         epoch_ends = step % per_epoch == 0 or step == steps
         if step % interval == 0 or epoch_ends:
-            rows, sums = torch.stack(sums).cpu(), []
+            rows, sums = torch.stack(everyone(torch.stack(sums).cpu())).mean(0), []
             stop_unless_finite(rows[:, 0], stage, step, steps, args)
             elapsed = time.perf_counter() - began
             rate = examples / elapsed, (step - done) / elapsed
@@ -294,9 +347,11 @@ def stop_unless_finite(losses, stage, step, steps, args):
 def save_checkpoint(out, place, model, optimizer, device):
     """All that training needs to go on from here to the same numbers; place: where it stands, plain values."""
     random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
-    place |= {"log_bytes": (out / "log.jsonl").stat().st_size}
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
-    save(out / "checkpoint.pt", place | state)
+    random = everyone(random)
+    if rank() == 0:
+        place |= {"log_bytes": (out / "log.jsonl").stat().st_size}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
+        save(out / "checkpoint.pt", place | state)
 
 
 def restore(checkpoint, model, optimizer, device, out):
@@ -304,12 +359,14 @@ def restore(checkpoint, model, optimizer, device, out):
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"]["cpu"])
+        random = checkpoint["random"][rank()]
+        torch.set_rng_state(random["cpu"])
         if device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
-    except (RuntimeError, ValueError, KeyError, TypeError):
+            torch.cuda.set_rng_state(random["cuda"])
+    except (RuntimeError, ValueError, LookupError, TypeError):
         raise InputError("checkpoint.pt is of another model or machine; start again with --overwrite") from None
-    os.truncate(out / "log.jsonl", checkpoint["log_bytes"])  # what came after the last finished epoch comes again
+    if rank() == 0:  # what came after the last finished epoch comes again
+        os.truncate(out / "log.jsonl", checkpoint["log_bytes"])
     print(f"resumed    {checkpoint['stage']} after step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["seconds"]
 
@@ -326,13 +383,32 @@ def progress(stage, step, steps, means, rate, out):
     )
 
 
-def endless_batches(train, args, device, epoch):
-    """Batches on the device from an epoch (from 0) on, each epoch in an order of its own."""
+def endless_batches(train, args, epoch):
+    """The batches, as arrays of indices, from an epoch (from 0) on, each epoch in an order of its own."""
     while True:
-        for indices in data.training_batches(train.lengths, args.batch, (args.seed, epoch)):
-            inputs, labels = train.batch(indices)
-            yield tuple(x.to(device) for x in inputs), labels.to(device)
+        yield from data.training_batches(train.lengths, args.batch, (args.seed, epoch))
         epoch += 1
+
+
+def own_share(train, indices, device):
+    """This process's rows of a batch, on the device: (inputs, labels, weight).
+
+    The batch's loss is the sum of every process's mean, each times its share of the rows; DistributedDataParallel takes
+    the mean of the gradients. So weight = processes * own rows / all rows: one process alone has 1.
+    """
+    own = indices[rank() :: num_processes()]
+    weight = num_processes() * len(own) / len(indices)
+    # A batch may have fewer rows than there are processes, but all must take part: then with a row that weighs nothing.
+    inputs, labels = train.batch(own if len(own) else indices[:1])
+    *inputs, labels = to_device((*inputs, labels), device)
+    return inputs, labels, weight
+
+
+def to_device(tensors, device):
+    """The tensors on a device. A GPU fetches them out of pinned memory while the program goes on."""
+    if device.type != "cuda":
+        return tuple(x.to(device) for x in tensors)
+    return tuple(x.pin_memory().to(device, non_blocking=True) for x in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +420,7 @@ class Answers(NamedTuple):
 
     labels: torch.Tensor  # (n,) int64, predicted classes
     exit_block: torch.Tensor  # (n,) int64, from 1
-    seconds: float
+    seconds: float  # of all processes together
 
 
 def evaluate(stage1, adaptive, dev, args, device, precision):
@@ -378,19 +454,24 @@ def answer(forms, dataset, batch_size, device, precision):
     """Run a dataset through functions inputs -> `Halted`: {form: Answers}.
 
     Each batch goes through all forms in turn, so that their times meet the same batches and the same noise.
+    Processes share the batches out among them and all get all answers.
     """
     said = {form: torch.zeros(2, len(dataset), dtype=torch.long) for form in forms}
     seconds = dict.fromkeys(forms, 0.0)
     batches = data.evaluation_batches(dataset.lengths, batch_size)
-    for warm_up, indices in [(True, batches[-1])] + [(False, batch) for batch in batches]:
-        inputs = tuple(x.to(device) for x in dataset.batch(indices)[0])
-        for form, run_form in forms.items():
-            began = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    order = [(True, batches[-1])] + [(False, batch) for batch in batches[rank() :: num_processes()]]
+    # One autocast around all: the weights are cast at their first use and kept in bfloat16 to the end.
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        for warm_up, indices in order:
+            inputs = to_device(dataset.batch(indices)[0], device)
+            for form, run_form in forms.items():
+                began = time.perf_counter()
                 halted = run_form(*inputs)
                 said[form][:, indices] = torch.stack([halted.label, halted.exit_block]).cpu()  # waits for the device
-            seconds[form] += 0.0 if warm_up else time.perf_counter() - began
-    return {form: Answers(*said[form], seconds[form]) for form in forms}
+                seconds[form] += 0.0 if warm_up else time.perf_counter() - began
+    parts = everyone((said, seconds))
+    said = {form: torch.stack([said[form] for said, _ in parts]).amax(0) for form in forms}  # 0: another one's example
+    return {form: Answers(*said[form], sum(seconds[form] for _, seconds in parts)) for form in forms}
 
 
 def scores(predicted, labels, task):
@@ -480,7 +561,7 @@ RUN_FILES = ("log.jsonl", "checkpoint.pt", "stage1.pt", "dact.pt", "metrics.json
 def settings(args, precision):
     """What decides the numbers of a run. The first line of log.jsonl keeps it, so that only its like resumes it."""
     names = "task model stage1 epochs batch max_tokens lr head_lr halt_bias tau seed".split()
-    return {name: getattr(args, name) for name in names} | {"precision": precision}
+    return {name: getattr(args, name) for name in names} | {"precision": precision, "processes": num_processes()}
 
 
 def find_checkpoint(args, precision):
@@ -527,12 +608,16 @@ def clear_folder(args, precision):
 
 
 def write_log(out, line, mode):
+    if rank() > 0:
+        return
     with open(out / "log.jsonl", mode, encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def write_whole(path, write):
-    """Call `write(file)` on a file beside `path` and rename it: `path` is never half written."""
+    """Call `write(file)` on a file beside `path` and rename it: `path` is never half written. Only the first process does."""
+    if rank() > 0:
+        return
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -594,7 +679,7 @@ def load_run(path, stage, task):
     if found != (task, stage):
         raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, expected stage {stage} on {task!r}")
     config = bert.BertConfig.from_dict(saved["config"], str(path))
-    with torch.device("meta"):  # no random start for what the file overwrites
+    with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
         model = bert.BertClassifier(backbone, classifier) if stage == 1 else dact.DactBert(backbone, classifier)
     try:

@@ -1,0 +1,408 @@
+"""Are saved blocks saved seconds? One table of ratios; the two sides of each are timed in turn in the same run.
+
+    python paper/speed.py                             runs/toy, and random weights of BERT-base's shape
+    python paper/speed.py runs/mrpc --task rte        your run; an epoch over the lengths of another task
+    python paper/speed.py --model bert-base-uncased   the shape, the lengths and the loading of a real model
+
+Early exit is measured on finished runs, and drawn over batch sizes into the run's folder (speed.png). A training step
+and an epoch stand against `transformers`, with SDPA attention and the same AdamW, where that is installed.
+Shapes: B sequences, T tokens, N blocks.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import baselines  # first, for it puts the top level on the path
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import bert
+import dact
+import data
+import train
+
+matplotlib.use("Agg")  # files, no windows
+BERT_BASE = bert.BertConfig(30522, 768, 12, 12, 3072)
+STEP = (16, 128)  # sequences, tokens of the training step that is timed
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # batches of the latency plot
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    device = train.pick_device()
+    precision, reason = train.pick_precision(device, None)
+    peaks = {dtype: peak(device, getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", precision))}
+    print(
+        f"device     {device}, {precision} ({reason}), {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    )
+    for dtype, flops in peaks.items():
+        print(f"peak       {flops / 1e9:.1f} GFLOP/s, measured on a product of two {dtype} matrices")
+    if precision != "bfloat16":
+        print(f"bfloat16   not run: {reason}; the rows are {precision}")
+    runs = [baselines.open_run(folder, args.data) for folder in args.runs]
+    print(f"\n{'':<66}{'ratio':>8}{'goal':>10}")
+    for run in runs:
+        found = sweep(run, sorted({*SIZES, args.batch}), args.repetitions, args.examples)
+        show(exit_rows(run, found, args.batch))
+        draw(run, found)
+    config, tokenizer = runs[0].stage1.bert.config, runs[0].tokenizer
+    if args.model:
+        model, tokenizer = bert.load_pretrained(args.model, 2)
+        config = model.bert.config
+    show(step_rows(config if args.model else BERT_BASE, device, precision, peaks[precision], args.repetitions))
+    dataset = training_set(runs[0], args, tokenizer, config)
+    show(epoch_rows(config, dataset, args.batch, device, precision, args.repetitions))
+    show(loading_rows(args.model, args.repetitions))
+    for run in runs:
+        print(f"saved      {run.folder / 'speed.png'}")
+
+
+def parse_arguments(argv):
+    parser = baselines.arguments(
+        __doc__,
+        ("--model", {"help": "shape of the training step, tokenizer of --task, and what is loaded (default: BERT-base's)"}),
+        ("--task", {"help": "task whose lengths the epoch has (default: the first run's)"}),
+        ("--batch", {"type": train.number(int, 2, 65536), "default": 32, "help": "sequences in a batch (default: 32)"}),
+        ("--examples", {"type": train.number(int, 1, 10**6), "default": 128, "help": "of the dev set (default: 128)"}),
+        ("--repetitions", {"type": train.number(int, 1, 1000), "default": 3, "help": "medians of so many (default: 3)"}),
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clock and table
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    what: str
+    ratio: float  # nan: not run
+    goal: tuple  # ("<=" or ">=", number)
+    detail: str  # the two sides, or why it was not run
+
+
+def show(rows):
+    for what, ratio, (sign, goal), detail in rows:
+        number = "-" if math.isnan(ratio) else f"{ratio:.2f}"
+        met = math.isnan(ratio) or (ratio <= goal if sign == "<=" else ratio >= goal)
+        print(f"{what:<66}{number:>8}{sign:>5}{goal:>5.2f} {'  ' if met else '! '} {detail}", flush=True)
+
+
+def timed(forms, repetitions):
+    """{name: [seconds of each repetition]} of functions without arguments, run in turn; a first round only warms up."""
+    seconds = {name: [] for name in forms}
+    for _ in range(repetitions + 1):
+        for name, form in forms.items():
+            began = time.perf_counter()
+            form()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: taken[1:] for name, taken in seconds.items()}
+
+
+def ratio(first, second):
+    """Median of first / second over repetitions: what slows one repetition down slows both of its sides."""
+    return statistics.median(x / y for x, y in zip(first, second))
+
+
+def medians(*times):
+    """The medians of lists of seconds, in words."""
+    return " against ".join(f"{statistics.median(seconds):.3g}" for seconds in times) + " s"
+
+
+def peak(device, dtype):
+    """The best rate of a product of square matrices that the device shows, in floating-point operations a second."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed({"product": lambda: a @ b}, 5)["product"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Early exit
+
+
+def sweep(run, sizes, repetitions, examples):
+    """{batch size: [{"full": Answers, "early": Answers} of each repetition]} over a part of the run's dev set."""
+    part = sample(run.dev, examples)
+    N = len(run.dact.backbone.blocks)
+    forms = {
+        "full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
+        "early": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule]),
+    }
+    found = {size: [] for size in sizes}
+    for _ in range(repetitions):
+        for size in sizes:
+            found[size].append(train.answer(forms, part, size, run.device, run.precision))
+    return found
+
+
+def sample(dataset, count):
+    """`count` examples of a dataset, or all if it has fewer."""
+    part = copy.copy(dataset)
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:count]
+    part.input_ids, part.segment_ids = ([ids[i] for i in chosen] for ids in (dataset.input_ids, dataset.segment_ids))
+    part.labels, part.lengths, part.groups = dataset.labels[chosen], dataset.lengths[chosen], []
+    return part
+
+
+def exit_rows(run, found, batch):
+    """Early exit against full depth and against itself with one example at a time, which is how others evaluate."""
+    seconds = {
+        (size, form): [answers[form].seconds for answers in found[size]] for size in found for form in ("full", "early")
+    }
+    used = found[batch][0]["early"].exit_block.double().mean().item() / len(run.dact.backbone.blocks)
+    name, full, early = run.folder.name, seconds[batch, "full"], seconds[batch, "early"]
+    ideal = [used * x for x in full]
+    alone, full_alone = seconds[1, "early"], seconds[1, "full"]
+    examples = len(found[batch][0]["early"].labels)
+    rates = " against ".join(f"{examples / statistics.median(x):.4g}" for x in (early, alone)) + " examples/s"
+    return [
+        Row(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", ratio(early, ideal), ("<=", 1 / 0.9),
+            f"{medians(early, full)}, {100 * (1 - used):.1f} % of blocks saved"),
+        Row(f"{name}: early exit at batch 1 / full depth", ratio(alone, full_alone), ("<=", 1.0),
+            medians(alone, full_alone)),
+        Row(f"{name}: examples/s at batch {batch} / one at a time, same exits", ratio(alone, early), (">=", 3.0), rates),
+    ]  # fmt: skip
+
+
+def draw(run, found):
+    """Latency of a batch against its size: speed.png in the run's folder."""
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    examples = len(found[1][0]["full"].labels)
+    for form, label in (("full", "full depth"), ("early", "early exit")):
+        taken = {size: statistics.median(a[form].seconds for a in answers) for size, answers in found.items()}
+        latency = [1000 * seconds / math.ceil(examples / size) for size, seconds in taken.items()]
+        axes.plot(list(taken), latency, "o-", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(list(found), list(found))
+    axes.set(xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.device})")
+    axes.legend()
+    figure.savefig(run.folder / "speed.png", dpi=150)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def training_flops(config, B, T, num_classes=2):
+    """Floating-point operations that a training step of a BERT classifier needs: 2 for each product and its sum.
+
+    Matrix products alone, as usual. The backward pass takes two for each one of the forward pass.
+    """
+    D, I = config.hidden_size, config.intermediate_size
+    linear = 2 * (4 * D * D + 2 * D * I)  # query, key, value, output; up, down: for each token of each block
+    attention = 2 * 2 * T * D  # scores and context: the same
+    head = 2 * (D * D + D * num_classes)  # pooler and classifier: for each sequence
+    return 3 * B * (config.num_hidden_layers * T * (linear + attention) + head)
+
+
+def stepper(model, loss_of, device):
+    """A function (inputs, labels, precision) that takes a training step; loss_of: (model, inputs, labels) -> scalar."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
+
+    def step(inputs, labels, precision):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = loss_of(model, inputs, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(config, device):
+    """`stepper` of stage 1 with random weights."""
+    model = bert.BertClassifier(bert.Bert(config), bert.Classifier(config, 2)).apply(bert.init_weights)
+    return stepper(model, lambda *given: train.stage1_loss(*given)[0], device)
+
+
+def their_step(config, device):
+    """The same model of `transformers`."""
+    import transformers
+
+    sizes = asdict(config)
+    del sizes["first_position"]
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        transformers.BertConfig(**sizes, num_labels=2), attn_implementation="sdpa"
+    )
+
+    def loss_of(model, inputs, labels):
+        names = dict(zip(("input_ids", "token_type_ids", "attention_mask"), inputs))
+        return model(**names, labels=labels).loss
+
+    return stepper(model, loss_of, device)
+
+
+def have_transformers():
+    return importlib.util.find_spec("transformers") is not None
+
+
+def step_rows(config, device, precision, peak_flops, repetitions):
+    """A training step of full rows: time against `transformers`, and the share of the peak (model-flops utilisation)."""
+    config = replace(config, max_position_embeddings=512, first_position=0)
+    B, T = STEP
+    inputs = torch.randint(1, config.vocab_size, (B, T)), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T) > 0
+    *inputs, labels = train.to_device((*inputs, torch.arange(B) % 2), device)
+    makers = {"ours": our_step} | ({"theirs": their_step} if have_transformers() else {})
+    forms = {name: partial(make(config, device), inputs, labels, precision) for name, make in makers.items()}
+    seconds = timed(forms, repetitions)
+    shape = f"{config.num_hidden_layers} x {config.hidden_size}, {B} x {T} tokens, {precision}"
+    what, goal = f"training step ({shape}) / transformers", ("<=", 0.9)
+    if "theirs" not in seconds:
+        rows = [Row(what, math.nan, goal, "not run: transformers is not installed")]
+    else:
+        rows = [Row(what, ratio(seconds["ours"], seconds["theirs"]), goal, medians(*seconds.values()))]
+    rate = training_flops(config, B, T) / statistics.median(seconds["ours"])
+    wanted = 0.4 if device.type == "cuda" else 0.65
+    return [
+        *rows,
+        Row("   its model flops / the measured peak", rate / peak_flops, (">=", wanted), f"{rate / 1e9:.1f} GFLOP/s"),
+    ]
+
+
+def training_set(run, args, tokenizer, config):
+    """The training set of --task, or the run's own."""
+    if args.task in (None, run.args.task) and not args.model:
+        return run.train
+    task = args.task or run.args.task
+    if task != "toy" and tokenizer.get_vocab_size() == len(train.TOY_VOCAB):
+        raise data.InputError(f"the toy tokenizer cannot read {task}; add --model or a run on a task of GLUE")
+    examples = data.load_task(task, run.args.data)[0]
+    return data.Dataset(examples, tokenizer, min(run.args.max_tokens, 128), config.pad_token_id)
+
+
+def epoch_rows(config, dataset, batch, device, precision, repetitions):
+    """An epoch over real lengths, estimated from some of its batches, against the stock recipes of `transformers`."""
+    padded, dynamic = (
+        "epoch of real lengths: speed-up over padding to 128, float32",
+        f"   over dynamic padding, {precision}",
+    )
+    if not have_transformers():
+        reason = "not run: transformers is not installed"
+        return [Row(padded, math.nan, (">=", 5.0), reason), Row(dynamic, math.nan, (">=", 1.2), reason)]
+    config = replace(config, max_position_embeddings=512, first_position=0)
+    ours, theirs = our_step(config, device), their_step(config, device)
+    lengths = dataset.lengths
+    grouped = spread(data.training_batches(lengths, batch, 0), lengths)
+    order = np.random.default_rng(0).permutation(len(lengths))
+    shuffled = spread([order[i : i + batch] for i in range(0, len(order), batch)], lengths)
+    forms = {
+        "ours": partial(run_batches, ours, dataset, grouped, device, precision),
+        "dynamic": partial(run_batches, theirs, dataset, shuffled, device, precision),
+        "padded": partial(run_batches, theirs, dataset, shuffled[:1], device, "float32", 128),
+    }
+    examples = {"ours": grouped, "dynamic": shuffled, "padded": shuffled[:1]}
+    examples = {name: sum(map(len, batches)) for name, batches in examples.items()}
+    epoch = {
+        name: [seconds / examples[name] * len(dataset) for seconds in taken]
+        for name, taken in timed(forms, repetitions).items()
+    }
+    shape = f"{config.num_hidden_layers} x {config.hidden_size}, mean length {lengths.mean():.1f}"
+    return [
+        Row(padded, ratio(epoch["padded"], epoch["ours"]), (">=", 5.0),
+            f"{medians(epoch['padded'], epoch['ours'])}, {shape}"),
+        Row(dynamic, ratio(epoch["dynamic"], epoch["ours"]), (">=", 1.2), medians(epoch["dynamic"], epoch["ours"])),
+    ]  # fmt: skip
+
+
+def spread(batches, lengths, count=5):
+    """Some of the batches, evenly from the one with the shortest longest row to the one with the longest."""
+    batches = sorted(batches, key=lambda indices: lengths[indices].max())
+    count = min(count, len(batches))
+    return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
+
+
+def run_batches(step, dataset, batches, device, precision, width=0):
+    """Take a step for each batch; width: pad all rows to as many tokens, by default to the longest of the batch."""
+    for indices in batches:
+        (input_ids, segment_ids, mask), labels = dataset.batch(indices)
+        missing = (0, max(0, width - mask.shape[1]))
+        padded = F.pad(input_ids, missing, value=dataset.pad_id), F.pad(segment_ids, missing), F.pad(mask, missing)
+        *inputs, labels = train.to_device((*padded, labels), device)
+        step(inputs, labels, precision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+LOADER = """
+import sys, time
+import bert
+
+def peak():  # bytes; not getrusage's, which begins with the peak of the parent process
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before, clock, processor = peak(), time.perf_counter(), time.process_time()
+model = bert.load_pretrained(sys.argv[1], 2)[0]
+print(time.perf_counter() - clock, time.process_time() - processor)
+print((peak() - before) / sum(4 * weight.numel() for weight in model.parameters()))
+"""
+
+
+def loading_rows(name, repetitions):
+    """Seconds and peak memory of loading a model, by default a checkpoint in Google's format of BERT-base's size."""
+    what, memory = "loading from the disk cache, in seconds", "   its peak memory / the weights"
+    if not Path("/proc/self/status").exists():
+        return [Row(what, math.nan, ("<=", 1.0), "not run: the peak is read from Linux's /proc")]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if not name:
+                write_base(Path(folder))
+        except ImportError as error:
+            return [Row(what, math.nan, ("<=", 1.0), f"not run: no {error.name}, with which the checkpoint is written")]
+        found = [load_apart(name or folder) for _ in range(repetitions + 1)][1:]  # the first fills the disk cache
+    clock, processor, peaks = zip(*found)
+    size = name or "random weights of BERT-base's shape in Google's format"
+    detail = f"{statistics.median(processor):.2f} s of the processor; {size}"
+    return [Row(what, statistics.median(clock), ("<=", 1.0), detail), Row(memory, max(peaks), ("<=", 1.3), "")]
+
+
+def load_apart(name):
+    """(seconds, seconds of the processor, peak memory / weights) of loading a model in a process of its own."""
+    where = bert.find_model(str(name)).resolve()  # and so downloaded before
+    command, folder = [sys.executable, "-c", LOADER, str(where)], Path(bert.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise data.InputError(f"cannot load {name}: {done.stderr.strip().splitlines()[-1]}")
+    return tuple(float(word) for word in done.stdout.split()[-3:])
+
+
+def write_base(folder):
+    """Write a checkpoint of random weights in BERT-base's shape, as Google's zips hold it, into a folder."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    from fakes import VOCAB, google_arrays, index_bytes
+
+    config = {name: value for name, value in asdict(BERT_BASE).items() if name != "first_position"}
+    entries, end = {}, 0
+    with open(folder / "bert_model.ckpt.data-00000-of-00001", "wb") as file:
+        for name, array in sorted(google_arrays(config).items()):
+            if not name.endswith("adam_m"):
+                entries[name] = (array.shape, end, array.nbytes)
+                end += file.write(array.tobytes())
+    (folder / "bert_model.ckpt.index").write_bytes(index_bytes(entries))
+    (folder / "bert_config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(VOCAB + [f"word{i}" for i in range(len(VOCAB), BERT_BASE.vocab_size)]))
+
+
+if __name__ == "__main__":
+    sys.exit(baselines.command(main))

@@ -1,0 +1,142 @@
+"""What makes it fast, apart from the clock: torchrun gives one process's numbers, loading holds one copy, speed.py runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import CONFIG, google_arrays, write_google
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bert
+import data
+import train
+
+sys.path.insert(0, str(Path(train.__file__).parent / "paper"))
+import speed
+
+# train.py on a toy task without dropout, in 129 examples: at batch 32 the last batch has one row. The first two words
+# of the command line name the stage and step to be interrupted at.
+DRIVER = """
+import sys
+from dataclasses import replace
+import data, train
+
+def progress(stage, step, *rest, whole=train.progress):
+    if (stage, str(step)) == place:
+        raise KeyboardInterrupt
+    whole(stage, step, *rest)
+
+place, make = tuple(sys.argv[1:3]), data.toy_examples
+data.toy_examples = lambda count, seed: make(count // 32 + 1, seed)
+train.TOY_CONFIG = replace(train.TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+train.progress = progress
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+def drive(folder, out, processes=0, place=("", ""), flags=()):
+    """Run the driver, under torchrun if `processes` are given: what it printed."""
+    (folder / "driver.py").write_text(DRIVER)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = [sys.executable, *launch, folder / "driver.py", *place, *flags, "--out", folder / out]
+    command += "--epochs 2 --batch 32 --precision float32".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (place == ("", "")), done.stderr
+    return done.stdout
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    """Also when they are interrupted and go on. Every step is logged; 5 an epoch."""
+    drive(tmp_path, "one")
+    drive(tmp_path, "two", 2, ("stage 2", "7"))
+    out = drive(tmp_path, "two", 2, flags=["--resume"])
+    assert "2 processes" in out and out.count("resumed") == 1 and out.count("metrics.json") == 1
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "two").iterdir())
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert one[0]["settings"] | {"processes": 2} == two[0]["settings"]
+    assert len(one) == len(two) == 21
+    for first, second in zip(one[1:], two[1:]):
+        assert first.keys() == second.keys() and first["step"] == second["step"]
+        for key in {"loss", "price", "mean_h"} & first.keys():
+            assert first[key] == pytest.approx(second[key], abs=1e-4)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert all(one[key] == two[key] for key in ("full", "dact", "rules", "control", "groups"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_shares_of_a_batch_add_up_to_it(monkeypatch, rows):
+    """Mean over 3 processes of (weight x mean of own rows) is the mean of the rows, even where a process has none."""
+    examples, tokenizer = data.toy_examples(9, 0), bert.wordpiece_tokenizer(train.TOY_VOCAB)
+    dataset, cpu = data.Dataset(examples, tokenizer, 32, 0), torch.device("cpu")
+    indices = torch.arange(9).numpy()[:rows]
+    inputs, labels, weight = train.own_share(dataset, indices, cpu)
+    assert weight == 1 and len(labels) == rows and len(inputs) == 3
+    whole = dataset.labels[:rows].double().mean()
+    monkeypatch.setattr(train, "num_processes", lambda: 3)
+    parts = []
+    for i in range(3):
+        monkeypatch.setattr(train, "rank", lambda i=i: i)
+        inputs, labels, weight = train.own_share(dataset, indices, cpu)
+        assert all(len(x) == len(labels) > 0 for x in inputs)
+        parts.append(weight * labels.double().mean())
+    assert torch.stack(parts).mean() == pytest.approx(whole.item())
+
+
+def test_loading_holds_one_copy_and_not_the_compiler(tmp_path):
+    """40 MB of weights. The file stays mapped while they are copied out of it, but its pages are let go of."""
+    config = CONFIG | {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048, "num_hidden_layers": 3}
+    write_google(tmp_path, google_arrays(config), config)
+    assert speed.loading_rows(str(tmp_path), 1)[-1].ratio < 1.5
+    code = f"import bert, sys; bert.load_pretrained({str(tmp_path)!r}, 2); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, check=False).returncode == 0
+
+
+def test_flops_of_a_training_step():
+    """By hand, and as torch counts them.
+
+    D = 8, I = 12, N = 2, B = 5, T = 3, C = 2. A token of a block: 2 (4 * 64 + 2 * 96) = 896 in the linear layers, and
+    2 * 2 * 3 * 8 = 96 in attention. A sequence: 2 blocks * 3 tokens * 992 = 5952, and 2 (64 + 16) = 160 in its head.
+    Forward 5 * 6112 = 30560; with the backward pass three times that.
+    """
+    config = bert.BertConfig(**CONFIG)
+    assert speed.training_flops(config, 5, 3) == 91680
+    step = speed.our_step(config, torch.device("cpu"))
+    ids = torch.ones(5, 3, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step((ids, 0 * ids, ids > 0), ids[:, 0], "float32")
+    assert counter.get_total_flops() == 91680
+
+
+def test_speed_prints_its_table_and_draws_its_picture(tmp_path, capsys):
+    run, model = tmp_path / "run", write_google(tmp_path / "model", google_arrays())
+    assert train.main(["--epochs", "0.05", "--batch", "512", "--out", str(run)]) == 0
+    capsys.readouterr()
+    flags = f"--model {model} --batch 2 --examples 4 --repetitions 1"
+    speed.main([str(run), *flags.split()])
+    out = capsys.readouterr().out
+    titles = ["early exit at batch 2", "early exit at batch 1", "examples/s at batch 2", "training step", "model flops",
+              "padding to 128", "dynamic padding", "loading", "peak memory"]  # fmt: skip
+    for title in titles:
+        (line,) = [line for line in out.splitlines() if title in line and "goal" not in line]
+        assert float(line[66:74]) > 0, line
+    assert "GFLOP/s, measured on a product of two float32 matrices" in out
+    assert (run / "speed.png").stat().st_size > 10_000
+
+
+def test_rows_say_what_was_missed_or_not_run(capsys, monkeypatch):
+    monkeypatch.setattr(speed, "have_transformers", lambda: False)
+    speed.show(speed.epoch_rows(None, None, 32, None, "float32", 1))
+    speed.show([speed.Row("a", 2.0, ("<=", 1.0), ""), speed.Row("b", 2.0, (">=", 1.0), "")])
+    *not_run, missed, met = capsys.readouterr().out.splitlines()
+    assert all("not run: transformers is not installed" in line for line in not_run)
+    assert "!" in missed and "!" not in met
