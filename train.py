@@ -68,6 +68,11 @@ def main(argv=None):
     return 0
 
 
+def stop(*_):
+    """What SIGTERM does: the same as Ctrl-C, also where the shell that started the run in the background ignores that."""
+    raise KeyboardInterrupt
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -615,7 +620,7 @@ def write_log(out, line, mode):
 
 
 def write_whole(path, write):
-    """Call `write(file)` on a file beside `path` and rename it: `path` is never half written. Only the first process does."""
+    """Call `write(file)` on a file beside `path` and rename it, in the first process: `path` is never half written."""
     if rank() > 0:
         return
     part = Path(f"{path}.part")
@@ -755,5 +760,5 @@ def decimals(tensor):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what a scheduler sends is Ctrl-C
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -45,7 +45,7 @@ def main(argv):
     args = parse_arguments(argv)
     device = train.pick_device()
     precision, reason = train.pick_precision(device, None)
-    peaks = {dtype: peak(device, getattr(torch, dtype)) for dtype in dict.fromkeys(("float32", precision))}
+    peaks = {dtype: peak(device, dtype) for dtype in dict.fromkeys(("float32", precision))}
     print(
         f"device     {device}, {precision} ({reason}), {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     )
@@ -63,7 +63,7 @@ def main(argv):
     if args.model:
         model, tokenizer = bert.load_pretrained(args.model, 2)
         config = model.bert.config
-    show(step_rows(config if args.model else BERT_BASE, device, precision, peaks[precision], args.repetitions))
+    show(step_rows(config if args.model else BERT_BASE, device, precision, args.repetitions))
     dataset = training_set(runs[0], args, tokenizer, config)
     show(epoch_rows(config, dataset, args.batch, device, precision, args.repetitions))
     show(loading_rows(args.model, args.repetitions))
@@ -74,11 +74,11 @@ def main(argv):
 def parse_arguments(argv):
     parser = baselines.arguments(
         __doc__,
-        ("--model", {"help": "shape of the training step, tokenizer of --task, and what is loaded (default: BERT-base's)"}),
+        ("--model", {"help": "shape of training, tokenizer of --task, what is loaded (default: BERT-base's)"}),
         ("--task", {"help": "task whose lengths the epoch has (default: the first run's)"}),
         ("--batch", {"type": train.number(int, 2, 65536), "default": 32, "help": "sequences in a batch (default: 32)"}),
         ("--examples", {"type": train.number(int, 1, 10**6), "default": 128, "help": "of the dev set (default: 128)"}),
-        ("--repetitions", {"type": train.number(int, 1, 1000), "default": 3, "help": "medians of so many (default: 3)"}),
+        ("--repetitions", {"type": train.number(int, 1, 1000), "default": 3, "help": "of each row (default: 3)"}),
     )  # fmt: skip
     return parser.parse_args(argv)
 
@@ -129,7 +129,7 @@ def medians(*times):
 def peak(device, dtype):
     """The best rate of a product of square matrices that the device shows, in floating-point operations a second."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * size**3 / min(timed({"product": lambda: a @ b}, 5)["product"])
 
 
@@ -177,7 +177,7 @@ def exit_rows(run, found, batch):
             f"{medians(early, full)}, {100 * (1 - used):.1f} % of blocks saved"),
         Row(f"{name}: early exit at batch 1 / full depth", ratio(alone, full_alone), ("<=", 1.0),
             medians(alone, full_alone)),
-        Row(f"{name}: examples/s at batch {batch} / one at a time, same exits", ratio(alone, early), (">=", 3.0), rates),
+        Row(f"{name}: examples/s at batch {batch} / one at a time, same exit", ratio(alone, early), (">=", 3.0), rates),
     ]  # fmt: skip
 
 
@@ -257,27 +257,27 @@ def have_transformers():
     return importlib.util.find_spec("transformers") is not None
 
 
-def step_rows(config, device, precision, peak_flops, repetitions):
-    """A training step of full rows: time against `transformers`, and the share of the peak (model-flops utilisation)."""
+def step_rows(config, device, precision, repetitions):
+    """A training step of full rows: time against `transformers`, and model flops against the peak (utilisation)."""
     config = replace(config, max_position_embeddings=512, first_position=0)
     B, T = STEP
     inputs = torch.randint(1, config.vocab_size, (B, T)), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T) > 0
     *inputs, labels = train.to_device((*inputs, torch.arange(B) % 2), device)
     makers = {"ours": our_step} | ({"theirs": their_step} if have_transformers() else {})
     forms = {name: partial(make(config, device), inputs, labels, precision) for name, make in makers.items()}
+    peaks = []  # taken between the steps, for on a busy machine the peak changes too
+    forms["peak"] = lambda: peaks.append(peak(device, precision))
     seconds = timed(forms, repetitions)
     shape = f"{config.num_hidden_layers} x {config.hidden_size}, {B} x {T} tokens, {precision}"
     what, goal = f"training step ({shape}) / transformers", ("<=", 0.9)
     if "theirs" not in seconds:
         rows = [Row(what, math.nan, goal, "not run: transformers is not installed")]
     else:
-        rows = [Row(what, ratio(seconds["ours"], seconds["theirs"]), goal, medians(*seconds.values()))]
+        rows = [Row(what, ratio(seconds["ours"], seconds["theirs"]), goal, medians(seconds["ours"], seconds["theirs"]))]
     rate = training_flops(config, B, T) / statistics.median(seconds["ours"])
     wanted = 0.4 if device.type == "cuda" else 0.65
-    return [
-        *rows,
-        Row("   its model flops / the measured peak", rate / peak_flops, (">=", wanted), f"{rate / 1e9:.1f} GFLOP/s"),
-    ]
+    detail = f"{rate / 1e9:.1f} of {max(peaks) / 1e9:.1f} GFLOP/s, the best between the steps"
+    return [*rows, Row("   its model flops / the measured peak", rate / max(peaks), (">=", wanted), detail)]
 
 
 def training_set(run, args, tokenizer, config):

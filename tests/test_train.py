@@ -248,6 +248,7 @@ def test_signals_end_a_run_with_one_line(tmp_path, name):
     process = subprocess.Popen(
         [sys.executable, "-u", train.__file__, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )  # fmt: skip
     while "step" not in process.stdout.readline():
         pass
