@@ -486,7 +486,7 @@ def read_text(path, name):
 
 
 def read_tokenizer(path, files):
-    """The tokenizer of a model: tokenizer.json, else byte-level BPE (vocab.json, merges.txt), else WordPiece (vocab.txt)."""
+    """A model's tokenizer: tokenizer.json, else byte-level BPE (vocab.json, merges.txt), else WordPiece (vocab.txt)."""
     if "tokenizer.json" in files:
         content = read_file(path, "tokenizer.json").tobytes()
         try:
@@ -658,7 +658,7 @@ for _ in range(8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders: safetensors is a JSON header and the raw bytes behind it; pytorch_model.bin is older, and a pickle
+# Hugging Face folders: safetensors is a JSON header and raw bytes behind it; pytorch_model.bin is older, a pickle
 
 SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -69,7 +69,7 @@ def main(argv=None):
 
 
 def stop(*_):
-    """What SIGTERM does: the same as Ctrl-C, also where the shell that started the run in the background ignores that."""
+    """What SIGTERM does: the same as Ctrl-C, also in a background job, which ignores that."""
     raise KeyboardInterrupt
 
 
@@ -344,8 +344,8 @@ def stop_unless_finite(losses, stage, step, steps, args):
         step += 1 + bad[0].item() - len(losses)
         rate, last = args.lr * warm_up_and_decay(step, steps), args.out / "checkpoint.pt"
         raise InputError(
-            f"{stage}: the loss is {losses[bad[0]].item()} at step {step}, learning rate {rate:.2g}; start again with a "
-            f"smaller --lr ({f'the last sound state is {last}' if last.is_file() else 'no epoch was finished'})"
+            f"{stage}: the loss is {losses[bad[0]].item()} at step {step}, learning rate {rate:.2g}; "
+            f"start again with a smaller --lr ({f'the last sound state is {last}' if last.is_file() else 'no epoch was finished'})"
         )
 
 
@@ -360,7 +360,7 @@ def save_checkpoint(out, place, model, optimizer, device):
 
 
 def restore(checkpoint, model, optimizer, device, out):
-    """Put a checkpoint's state into a model and its optimizer: (steps done, seconds they took). Cuts the log back to it."""
+    """Put a checkpoint into a model and its optimizer, cut the log back to it: (steps done, seconds they took)."""
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -581,7 +581,8 @@ def find_checkpoint(args, precision):
         raise InputError(f"{args.out} holds a finished run; choose another --out, or start again with --overwrite")
     if not args.resume:
         raise InputError(
-            f"{args.out} holds an unfinished run; go on with --resume, choose another --out, or start again with --overwrite"
+            f"{args.out} holds an unfinished run; go on with --resume, choose another --out, or begin again with "
+            "--overwrite"
         )
     log = args.out / "log.jsonl"
     try:
@@ -593,7 +594,8 @@ def find_checkpoint(args, precision):
     for name, value in found:
         if name not in wanted or wanted[name] != value:
             raise InputError(
-                f"{args.out}: its run has {name} {value!r}, not {wanted.get(name)!r}; ask for the same, or choose another --out"
+                f"{args.out}: its run has {name} {value!r}, not {wanted.get(name)!r}; "
+                "ask for the same, or choose another --out"
             )
     if not (args.out / "checkpoint.pt").exists():
         return None
@@ -699,7 +701,7 @@ def load_run(path, stage, task):
 
 
 def submit(args):
-    """Write FOLDER/<task>.tsv: a finished run's answers by early exit, one line (index, label word) per test example."""
+    """Write FOLDER/<task>.tsv: a finished run's answers by early exit, a line (index, label word) per test example."""
     device = pick_device()
     precision, _ = pick_precision(device, args.precision)
     examples = data.load_test(args.task, args.data)

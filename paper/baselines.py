@@ -113,7 +113,7 @@ class Exits(nn.Module):
 
 
 def entropy(logits):
-    """Shannon entropy in nats of the distribution softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x."""
+    """Shannon entropy in nats of softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x."""
     return logits.logsumexp(-1) - (logits * logits.softmax(-1)).sum(-1)
 
 
@@ -200,7 +200,7 @@ class Features:
 
 
 class Ramps(nn.Module):
-    """The classifiers of an `Exits` over cached [CLS] vectors: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
+    """The classifiers of an `Exits` over cached vectors: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
 
     def __init__(self, exits):
         super().__init__()
@@ -270,7 +270,7 @@ def fit(run, name, model, loss, dataset, **changes):
 
 
 def kept(run, name, model, train_it):
-    """`model` with the weights of the run's file <name>.pt; if there is none, `train_it()` trains it and they are kept."""
+    """`model` with the weights of the run's <name>.pt; if there is none, `train_it()` trains it and they are kept."""
     path = run.folder / f"{name.lower()}.pt"
     if path.exists():
         saved = bert.load_pickle(path, path)

@@ -1,4 +1,4 @@
-"""What tests run on: real files where there are any; small checkpoints and tasks as Google, the hub and GLUE write them."""
+"""What tests run on: real files where there are any; small models and tasks as Google, the hub and GLUE write them."""
 
 import json
 import os
@@ -208,7 +208,10 @@ GLUE = {
         "test_matched.tsv": (MNLI_HEAD, MNLI_ROW),
         "test_mismatched.tsv": (MNLI_HEAD, MNLI_ROW),
     },
-    "QNLI": {file: (head.replace("sentence1", "question").replace("sentence2", "sentence"), row) for file, (head, row) in PAIRS.items()},
+    "QNLI": {
+        file: (head.replace("sentence1", "question").replace("sentence2", "sentence"), row)
+        for file, (head, row) in PAIRS.items()
+    },
     "RTE": PAIRS,
     "WNLI": PAIRS,
 }  # fmt: skip
