@@ -716,10 +716,10 @@ def read_bin(path):
     return {our_name(name): tensor for name, tensor in tensors.items()}
 
 
-def load_pickle(file, source):
+def load_pickle(file, source=None):
     """What torch.save wrote into a file (a path or a buffer), on the CPU; nothing in it can run code.
 
-    Raises InputError, naming `source`, for anything else and for a damaged file.
+    Raises InputError, naming `source` (by default the path), for anything else and for a damaged file.
     """
     try:
         if zipfile.is_zipfile(file):  # since torch 1.6; torch.load itself looks at no checksum
@@ -731,5 +731,5 @@ def load_pickle(file, source):
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise InputError(
-            f"{source}: not a file of torch.save, or damaged ({type(error).__name__}); copy or download it again"
+            f"{source or file}: not a file of torch.save, or damaged ({type(error).__name__}); copy or download it again"
         ) from None

@@ -7,6 +7,7 @@ Shapes: B sequences in a batch, T tokens in the longest of them.
 """
 
 import contextlib
+import copy
 import hashlib
 import os
 import random
@@ -401,6 +402,14 @@ class Dataset:
 
     def __len__(self):
         return len(self.input_ids)
+
+    def part(self, indices):
+        """A `Dataset` of the examples `indices` alone."""
+        part = copy.copy(self)
+        part.input_ids, part.segment_ids = ([ids[i] for i in indices] for ids in (self.input_ids, self.segment_ids))
+        part.groups = [self.groups[i] for i in indices] if self.groups else []
+        part.labels, part.lengths = self.labels[indices], self.lengths[indices]
+        return part
 
     def batch(self, indices):
         """Rows `indices` as (input_ids (B, T), segment_ids (B, T), mask (B, T)), padded on the right, and labels (B,).

@@ -599,7 +599,7 @@ def find_checkpoint(args, precision):
             )
     if not (args.out / "checkpoint.pt").exists():
         return None
-    checkpoint = bert.load_pickle(args.out / "checkpoint.pt", args.out / "checkpoint.pt")
+    checkpoint = bert.load_pickle(args.out / "checkpoint.pt")
     if not isinstance(checkpoint, dict) or not {"stage", "step", "seconds", "before", "log_bytes"} <= checkpoint.keys():
         raise InputError(f"{args.out / 'checkpoint.pt'} is no checkpoint; start again with --overwrite")
     return checkpoint
@@ -676,7 +676,7 @@ def load_run(path, stage, task):
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a run that finished this stage")
-    saved = bert.load_pickle(path, path)
+    saved = bert.load_pickle(path)
     try:
         found = saved["task"], saved["stage"]
         tokenizer = Tokenizer.from_str(saved["tokenizer"])

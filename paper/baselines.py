@@ -62,8 +62,8 @@ def open_run(folder, data_folder=None):
     if folder == Path("runs/toy") and not (folder / "metrics.json").exists():
         train.run(train.parse_arguments(["--resume"]))
     metrics = train.read_metrics(folder)
-    names = "task model seed tau rule epochs batch max_tokens lr head_lr halt_bias precision".split()
-    args = argparse.Namespace(**{name: metrics[name] for name in names}, stage1=None, out=folder)
+    settings = {name: metrics[name] for name, kind in train.METRICS_JSON.items() if kind is not dict}
+    args = argparse.Namespace(**settings, stage1=None, out=folder)
     args.data = Path(data_folder or data.cache_dir() / "glue")
     device = train.pick_device()
     stage1, tokenizer, _, max_tokens = train.load_run(folder / "stage1.pt", 1, args.task)
@@ -133,6 +133,37 @@ def patience_rule(logits, state, t):
     last, count = state or (label, torch.full_like(label, -1))
     count = torch.where(label == last, count + 1, 0)
     return count >= t, (label, count)
+
+
+def dev_logits(run, exits):
+    """What an `Exits` says after every block about every dev example: (N, examples, C)."""
+    said = torch.zeros(len(exits.classifiers), len(run.dev), len(run.labels))
+    for indices in data.evaluation_batches(run.dev.lengths, run.args.batch):
+        inputs = (x.to(run.device) for x in run.dev.batch(indices)[0])
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
+            said[:, indices] = exits(*inputs).float().cpu()
+    return said
+
+
+def simulate(logits, rule):
+    """Where a rule leaves and what it answers, from the logits of all blocks (N, n, C): (labels (n,), exits (n,))."""
+    exit_block, state = torch.zeros(logits.shape[1], dtype=torch.long), ()
+    for n, logits_n in enumerate(logits, start=1):
+        halt, state = rule(logits_n, state)
+        if n == len(logits):
+            halt = torch.ones_like(halt)
+        exit_block[halt & (exit_block == 0)] = n
+    return logits[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
+
+
+def setting(logits, rule, blocks, highest):
+    """The threshold from 0 to `highest` at which an entropy rule uses so many blocks on average, by bisection."""
+    low, high = 0.0, highest
+    for _ in range(40):
+        middle = (low + high) / 2
+        used = simulate(logits, lambda *known, middle=middle: rule(*known, middle))[1].double().mean()
+        low, high = (middle, high) if used > blocks else (low, middle)
+    return high
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +295,7 @@ def fit(run, name, model, loss, dataset, **changes):
     args.out = run.folder / name.lower()
     args.out.mkdir(exist_ok=True)
     path = args.out / "checkpoint.pt"
-    checkpoint = bert.load_pickle(path, path) if path.exists() else None
+    checkpoint = bert.load_pickle(path) if path.exists() else None
     train.fit(name, model, loss, dataset, args, run.device, run.precision, checkpoint)
     path.unlink()
 
@@ -273,14 +304,14 @@ def kept(run, name, model, train_it):
     """`model` with the weights of the run's <name>.pt; if there is none, `train_it()` trains it and they are kept."""
     path = run.folder / f"{name.lower()}.pt"
     if path.exists():
-        saved = bert.load_pickle(path, path)
+        saved = bert.load_pickle(path)
         try:
             model.load_state_dict(saved["exits"])
         except (RuntimeError, KeyError, TypeError, AttributeError):
             raise data.InputError(f"{path}: not of this run; delete it to train it again") from None
     else:
         train_it()
-        train.save(path, {"task": run.args.task, "exits": model.state_dict()})
+        train.save(path, {"exits": model.state_dict()})
     return model.eval()
 
 
@@ -331,7 +362,19 @@ def entropy_dact(run, exits, features, tied, threshold):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command lines
+# Pictures and command lines
+
+
+def save_figure(figure, path, dpi=150):
+    """Write a figure of matplotlib as a PNG, whole or not at all."""
+    train.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+
+
+def show_panels(panels, table, draw, path):
+    """Print table(panel) of each run's panel and leave draw(panels) at `path`."""
+    print("\n\n".join(table(panel) for panel in panels))
+    save_figure(draw(panels), path)
+    print(f"\nsaved      {path}")
 
 
 def arguments(description, *flags):

@@ -10,7 +10,6 @@ shaded, and below each block stands the share of the examples that reach it.
 Shapes: B sequences, T tokens, D hidden size, H heads, N blocks.
 """
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -71,14 +70,6 @@ def uniform_entropy(lengths):
     return float((lengths * np.log(lengths)).sum() / lengths.sum())
 
 
-def first(dataset, count):
-    """The first `count` examples of a `data.Dataset`."""
-    part = copy.copy(dataset)
-    for name in ("input_ids", "segment_ids", "labels", "lengths", "groups"):
-        setattr(part, name, getattr(dataset, name)[:count])
-    return part
-
-
 def reached(run, dataset):
     """The share of a dataset, 0 to 1, on which DACT runs block 1 .. N under the run's rule."""
     forms = {"DACT": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule])}
@@ -88,7 +79,7 @@ def reached(run, dataset):
 
 def measure(run, count):
     """A run's `Panel`, from the first `count` examples of its dev set; attention is computed in float32."""
-    dev = first(run.dev, count)
+    dev = run.dev.part(np.arange(min(count, len(run.dev))))
     backbones = {"DACT": run.dact.backbone, "DeeBERT": run.stage1.bert}
     found = {name: head_entropies(model, dev, run.args.batch, run.device) for name, model in backbones.items()}
     part = f"first {len(dev)} of {len(run.dev)}" if len(dev) < len(run.dev) else f"all {len(dev)}"
@@ -144,10 +135,7 @@ def main(argv):
     flag = {"type": train.number(int, 1, 10**9), "default": 400, "help": "dev examples of a run (default: first 400)"}
     args = baselines.arguments(__doc__, ("--examples", flag)).parse_args(argv)
     panels = [measure(baselines.open_run(folder, args.data), args.examples) for folder in args.runs]
-    print("\n\n".join(table(panel) for panel in panels))
-    path = Path(args.runs[0]) / "figure2.png"
-    train.write_whole(path, lambda file: draw(panels).savefig(file, format="png", dpi=150))
-    print(f"\nsaved      {path}")
+    baselines.show_panels(panels, table, draw, Path(args.runs[0]) / "figure2.png")
 
 
 if __name__ == "__main__":

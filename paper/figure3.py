@@ -19,7 +19,6 @@ from attributions import COLOURS, MARKED, Attribution
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from table1 import dev_logits, setting, simulate
 
 import dact
 import data
@@ -46,9 +45,11 @@ def main(argv):
         run = baselines.open_run(folder, args.data)
         attributions.check_examples(run, args.examples)
         exits = baselines.deebert(run)
-        logits = dev_logits(run, exits)
-        S = setting(logits, baselines.entropy_rule, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
-        examples = args.examples or first_right(run, simulate(logits, partial(baselines.entropy_rule, S=S))[0])
+        logits = baselines.dev_logits(run, exits)
+        depth = run.metrics["dact"]["mean_blocks"]
+        S = baselines.setting(logits, baselines.entropy_rule, depth, math.log(len(run.labels)))
+        labels, _ = baselines.simulate(logits, partial(baselines.entropy_rule, S=S))
+        examples = args.examples or first_right(run, labels)
         rows = {i: [deebert_row(run, exits, S, i, args.steps), dact_row(run, i, args.steps)] for i in examples}
         text = page(run, rows).encode()
         train.write_whole(run.folder / "figure3.html", lambda file, text=text: file.write(text))
@@ -170,7 +171,7 @@ def draw(run, rows, path):
                 draw_token(axis, column, y, word, share)
         else:
             axis.text(0, y, content, **{"size": SIZE, "va": "center", "parse_math": False} | style[kind])
-    figure.savefig(path, dpi=150)
+    baselines.save_figure(figure, path)
 
 
 def wrapped(row):

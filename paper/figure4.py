@@ -103,7 +103,7 @@ def draw(run, i, h, answer, found, path):
     notes = [f"{name}: {attributions.described(run, of)}" for name, of in
              (("halting", halting), ("answer", [output]), ("conductance", [conductance]))]  # fmt: skip
     figure.supxlabel("\n".join(notes), size=8, parse_math=False)
-    figure.savefig(path, dpi=130)
+    baselines.save_figure(figure, path, dpi=130)
 
 
 def heat_map(axis, values):

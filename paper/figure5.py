@@ -92,10 +92,7 @@ def main(argv):
             "help": "DeeBERT's entropy thresholds; give them after the folders (default: 0.25 0.5)"}  # fmt: skip
     args = baselines.arguments(__doc__, ("--S", flag)).parse_args(argv)
     panels = [measure(baselines.open_run(folder, args.data), args.S) for folder in args.runs]
-    print("\n\n".join(table(panel) for panel in panels))
-    path = Path(args.runs[0]) / "figure5.png"
-    train.write_whole(path, lambda file: draw(panels).savefig(file, format="png", dpi=150))
-    print(f"\nsaved      {path}")
+    baselines.show_panels(panels, table, draw, Path(args.runs[0]) / "figure5.png")
 
 
 if __name__ == "__main__":

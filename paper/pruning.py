@@ -37,7 +37,7 @@ def prune(model, K):
 def save_pruned(run, K):
     """Write the run's dact.pt again, as pruned.pt, with K blocks: the path."""
     small, path = prune(run.dact, K).cpu(), run.folder / "pruned.pt"
-    content = bert.load_pickle(run.folder / "dact.pt", run.folder / "dact.pt")
+    content = bert.load_pickle(run.folder / "dact.pt")
     train.save(path, content | {"config": asdict(small.backbone.config), "state": small.state_dict()})
     return path
 

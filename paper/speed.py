@@ -9,7 +9,6 @@ and an epoch stand against `transformers`, with SDPA attention and the same Adam
 Shapes: B sequences, T tokens, N blocks.
 """
 
-import copy
 import importlib.util
 import json
 import math
@@ -139,7 +138,7 @@ def peak(device, dtype):
 
 def sweep(run, sizes, repetitions, examples):
     """{batch size: [{"full": Answers, "early": Answers} of each repetition]} over a part of the run's dev set."""
-    part = sample(run.dev, examples)
+    part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[:examples])
     N = len(run.dact.backbone.blocks)
     forms = {
         "full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
@@ -150,15 +149,6 @@ def sweep(run, sizes, repetitions, examples):
         for size in sizes:
             found[size].append(train.answer(forms, part, size, run.device, run.precision))
     return found
-
-
-def sample(dataset, count):
-    """`count` examples of a dataset, or all if it has fewer."""
-    part = copy.copy(dataset)
-    chosen = np.random.default_rng(0).permutation(len(dataset))[:count]
-    part.input_ids, part.segment_ids = ([ids[i] for i in chosen] for ids in (dataset.input_ids, dataset.segment_ids))
-    part.labels, part.lengths, part.groups = dataset.labels[chosen], dataset.lengths[chosen], []
-    return part
 
 
 def exit_rows(run, found, batch):
@@ -194,7 +184,7 @@ def draw(run, found):
     axes.set_xticks(list(found), list(found))
     axes.set(xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.device})")
     axes.legend()
-    figure.savefig(run.folder / "speed.png", dpi=150)
+    baselines.save_figure(figure, run.folder / "speed.png")
     plt.close(figure)
 
 

@@ -45,8 +45,8 @@ def main(argv):
     systems = [system for system in SYSTEMS if system not in args.without]
     tables = defaultdict(list)
     for folder in args.runs:
-        metrics = train.read_metrics(folder) if Path(folder) != Path("runs/toy") else {"task": "toy", "model": "toy"}
-        tables[metrics["task"], Path(metrics["model"]).name].append(measured(folder, args.data, systems))
+        result = measured(folder, args.data, systems)
+        tables[result["task"], result["model"]].append(result)
     out = Path(args.out or args.runs[0])
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(task, model, results) for (task, model), results in tables.items())
@@ -66,12 +66,13 @@ def measured(folder, data_folder, systems):
     if path.exists():
         try:
             found = json.loads(path.read_text())
-            if found["systems"] == systems:
+            if found["systems"] == systems and found["task"] and found["model"]:
                 return found
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
     run = baselines.open_run(folder, data_folder)
-    result = {"systems": systems, "seed": run.args.seed} | measure(run, systems)
+    result = {"systems": systems, "task": run.args.task, "model": Path(run.args.model).name, "seed": run.args.seed}
+    result |= measure(run, systems)
     train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
 
@@ -89,24 +90,24 @@ def measure(run, systems):
         features = baselines.train_features(run)
     if "deebert" in systems:
         exits, rule = baselines.deebert(run, features), baselines.entropy_rule
-        logits = dev_logits(run, exits)
+        logits = baselines.dev_logits(run, exits)
         choices = {f"S = {S:.2f}": S for S in (0.25, 0.5, 0.75)}
-        choices["S for half the blocks"] = setting(logits, rule, N / 2, math.log(logits.shape[-1]))
-        choices["S for DACT's depth"] = setting(logits, rule, depth, math.log(logits.shape[-1]))
+        choices["S for half the blocks"] = baselines.setting(logits, rule, N / 2, math.log(logits.shape[-1]))
+        choices["S for DACT's depth"] = baselines.setting(logits, rule, depth, math.log(logits.shape[-1]))
         for name, S in choices.items():
             forms[f"DeeBERT, {name}"] = partial(exits.early_exit, rule=partial(rule, S=S))
         grid = [math.log(logits.shape[-1]) * i / 50 for i in range(52)]
         curves["DeeBERT, over S"] = curve(run, logits, [partial(rule, S=S) for S in grid])
     if "fastbert" in systems:
         exits, rule = baselines.fastbert(run, features), baselines.speed_rule
-        logits = dev_logits(run, exits)
-        speed = setting(logits, rule, depth, 1.0)
+        logits = baselines.dev_logits(run, exits)
+        speed = baselines.setting(logits, rule, depth, 1.0)
         forms["FastBERT, speed for DACT's depth"] = partial(exits.early_exit, rule=partial(rule, speed=speed))
         curves["FastBERT, over speed"] = curve(run, logits, [partial(rule, speed=i / 50) for i in range(52)])
     if "pabee" in systems:
         exits, rule = baselines.pabee(run), baselines.patience_rule
-        logits = dev_logits(run, exits)
-        t = min(range(N), key=lambda t: abs(simulate(logits, partial(rule, t=t))[1].double().mean() - depth))
+        logits = baselines.dev_logits(run, exits)
+        t = min(range(N), key=lambda t: abs(baselines.simulate(logits, partial(rule, t=t))[1].double().mean() - depth))
         forms["PABEE, t nearest DACT's depth"] = partial(exits.early_exit, rule=partial(rule, t=t))
         curves["PABEE, over t"] = curve(run, logits, [partial(rule, t=t) for t in range(N)])
     if "first" in systems:
@@ -123,42 +124,11 @@ def measure(run, systems):
     return {"rows": rows, "curves": curves}
 
 
-def dev_logits(run, exits):
-    """What an `Exits` says after every block about every dev example: (N, examples, C)."""
-    said = torch.zeros(len(exits.classifiers), len(run.dev), len(run.labels))
-    for indices in data.evaluation_batches(run.dev.lengths, run.args.batch):
-        inputs = (x.to(run.device) for x in run.dev.batch(indices)[0])
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
-            said[:, indices] = exits(*inputs).float().cpu()
-    return said
-
-
-def simulate(logits, rule):
-    """Where a rule leaves and what it answers, from the logits of all blocks (N, n, C): (labels (n,), exits (n,))."""
-    exit_block, state = torch.zeros(logits.shape[1], dtype=torch.long), ()
-    for n, logits_n in enumerate(logits, start=1):
-        halt, state = rule(logits_n, state)
-        if n == len(logits):
-            halt = torch.ones_like(halt)
-        exit_block[halt & (exit_block == 0)] = n
-    return logits[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
-
-
-def setting(logits, rule, blocks, highest):
-    """The threshold from 0 to `highest` at which an entropy rule uses so many blocks on average, by bisection."""
-    low, high = 0.0, highest
-    for _ in range(40):
-        middle = (low + high) / 2
-        used = simulate(logits, lambda *known, middle=middle: rule(*known, middle))[1].double().mean()
-        low, high = (middle, high) if used > blocks else (low, middle)
-    return high
-
-
 def curve(run, logits, rules):
     """[[blocks saved %, first metric %]] of each rule on the dev set."""
     metric, N, points = data.METRICS[data.TASKS[run.args.task].metrics[0]], len(logits), []
     for rule in rules:
-        labels, exit_block = simulate(logits, rule)
+        labels, exit_block = baselines.simulate(logits, rule)
         points.append([100 * (1 - exit_block.double().mean().item() / N), metric(labels, run.dev.labels)])
     return points
 
@@ -224,7 +194,7 @@ def draw(tables, path):
         axis.set(title=f"{task}, {model}", xlabel="blocks saved (%)", ylabel=f"{metric} (%)")
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    baselines.save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What tests run on: real files where there are any; small models and tasks as Google, the hub and GLUE write them."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import RobertaConfig, RobertaModel
 
 import bert
+import data
+import train
 
 ASSETS = Path(os.environ.get("DACT_ASSETS", ""))
 needs_assets = pytest.mark.skipif("DACT_ASSETS" not in os.environ, reason="DACT_ASSETS names no folder of real files")
@@ -241,3 +244,19 @@ def write_glue(folder, name, examples=40):
         end = "" if (name, file) == ("CoLA", "dev.tsv") else "\n"
         (folder / name / file).write_text("\n".join([header] * bool(header) + lines) + end)
     return written
+
+
+@contextlib.contextmanager
+def small_toy_task(divisor):
+    """The toy task with fewer sentences: training then takes seconds."""
+    whole = data.toy_examples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "toy_examples", lambda count, seed: whole(count // divisor, seed))
+        yield
+
+
+def short_toy_run(folder, batch):
+    """Train one epoch of the toy task into a folder: the folder."""
+    argv = ["--epochs", "1", "--batch", str(batch), "--precision", "float32", "--out", str(folder)]
+    assert train.main(argv) == 0
+    return folder

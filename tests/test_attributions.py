@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from captum.attr import LayerConductance, LayerIntegratedGradients
-from fakes import google_arrays, write_google
+from fakes import google_arrays, short_toy_run, small_toy_task, write_google
 
 import bert
 import dact
@@ -26,21 +26,16 @@ from attributions import integrated_gradients, layer_conductance
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_toy_task():
-    """A twelfth of the toy task's sentences for this file: training then takes seconds."""
-    whole = data.toy_examples
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "toy_examples", lambda count, seed: whole(count // 12, seed))
+def few_sentences():
+    """A twelfth of the toy task's sentences, for this file."""
+    with small_toy_task(12):
         yield
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     """The folder of a short run, 341 training and 50 dev examples."""
-    folder = tmp_path_factory.mktemp("toy")
-    argv = ["--epochs", "1", "--batch", "16", "--precision", "float32", "--out", str(folder)]
-    assert train.main(argv) == 0
-    return folder
+    return short_toy_run(tmp_path_factory.mktemp("toy"), batch=16)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import google_arrays, write_glue, write_google
+from fakes import google_arrays, short_toy_run, small_toy_task, write_glue, write_google
 
 import bert
 import dact
@@ -26,11 +26,8 @@ import table1
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A short run on a small toy task."""
-    folder, make = tmp_path_factory.mktemp("baselines") / "toy", data.toy_examples
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
-        assert train.main(["--epochs", "1", "--batch", "32", "--precision", "float32", "--out", str(folder)]) == 0
-        yield folder
+    with small_toy_task(8):
+        yield short_toy_run(tmp_path_factory.mktemp("baselines") / "toy", batch=32)
 
 
 @pytest.fixture
@@ -196,8 +193,8 @@ def test_s_0_runs_all_blocks_and_s_above_ln_c_runs_one(run):
 def test_batched_exit_is_the_exit_of_each_alone(run, rule):
     """Worked out from the logits of all blocks, one example at a time, against the batches that shrink."""
     exits, answers = exits_of(run, rule)
-    logits = table1.dev_logits(run, exits)
-    labels, exit_block = table1.simulate(logits, rule)
+    logits = baselines.dev_logits(run, exits)
+    labels, exit_block = baselines.simulate(logits, rule)
     assert torch.equal(exit_block, answers.exit_block) and torch.equal(labels, answers.labels)
     assert len(exit_block.unique()) > 2
     for i in range(20):

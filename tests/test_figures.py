@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import CONFIG, google_arrays, hugging_face_names, write_google
+from fakes import CONFIG, google_arrays, hugging_face_names, short_toy_run, small_toy_task, write_google
 from transformers import BertConfig as ReferenceConfig
 from transformers import BertModel
 
 import bert
 import dact
-import data
 import train
 
 PAPER = Path(train.__file__).parent / "paper"
@@ -32,21 +31,16 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_toy_task():
-    """A twelfth of the toy task's sentences for this file: training then takes seconds."""
-    whole = data.toy_examples
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "toy_examples", lambda count, seed: whole(count // 12, seed))
+def few_sentences():
+    """A twelfth of the toy task's sentences, for this file."""
+    with small_toy_task(12):
         yield
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     """The folder of a short run, 341 training and 50 dev examples."""
-    folder = tmp_path_factory.mktemp("toy")
-    argv = ["--epochs", "1", "--batch", "16", "--precision", "float32", "--out", str(folder)]
-    assert train.main(argv) == 0
-    return folder
+    return short_toy_run(tmp_path_factory.mktemp("toy"), batch=16)
 
 
 @pytest.fixture
@@ -158,7 +152,7 @@ def test_figure_2_draws_what_it_measured(run):
     panel = figure2.measure(run, 20)
     assert "first 20 of 50 dev examples" in panel.title and len(panel.reached) == 6
     assert "all 50 dev examples" in figure2.measure(run, 50).title
-    half = figure2.head_entropies(run.stage1.bert, figure2.first(run.dev, 20), 16, run.device)
+    half = figure2.head_entropies(run.stage1.bert, run.dev.part(np.arange(20)), 16, run.device)
     torch.testing.assert_close(panel.entropies["DeeBERT"], half)
     axes = figure2.draw([panel, panel]).axes
     assert len(axes) == 2
