@@ -250,12 +250,13 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Mixer(self.hidden_size) for _ in range(N))
 
 
-def random_model(N=6, C=3, B=64, halt_bias=-0.5):
+def random_model(N=6, C=3, B=64):
     """A DactBert with random heads, and a padded batch for it."""
-    model = dact.DactBert(Backbone(N), nn.Linear(8, C), halt_bias).eval()
+    model = dact.DactBert(Backbone(N), nn.Linear(8, C)).eval()
     for classifier, halt in zip(model.classifiers, model.halts):
         nn.init.normal_(classifier.weight, std=2.0)
         nn.init.normal_(halt.weight, std=1.0)
+        nn.init.zeros_(halt.bias)
     lengths = torch.randint(1, 10, (B,))
     mask = torch.arange(lengths.max()) < lengths[:, None]
     return model, (torch.randint(20, mask.shape), mask)
@@ -291,10 +292,10 @@ def test_early_exit_with_rules_that_always_and_never_hold():
 
 def test_heads_start_as_told():
     classifier = nn.Linear(8, 3)
-    model = dact.DactBert(Backbone(4), classifier, halt_bias=2.0)
+    model = dact.DactBert(Backbone(4), classifier, halt_bias=8.0)
     _, h = model(torch.randint(20, (5, 7)), torch.ones(5, 7, dtype=torch.bool))
-    # sigmoid of the biases 2 (1 - 2.5 n / 4) = 0.75, -0.5, -1.75, -3
-    expected = torch.tensor([0.6791786992, 0.3775406688, 0.1480471981, 0.0474258732])
+    # sigmoid of the biases 8 - 20 n / 4 = 3, -2, -7, -12
+    expected = torch.tensor([0.9525741268, 0.1192029220, 9.110511944e-4, 6.144174602e-6])
     torch.testing.assert_close(h, expected[:, None].expand(4, 5))
     weights = [classifier.weight] + [copy.weight for copy in model.classifiers]
     assert all(torch.equal(weight, weights[0]) for weight in weights)

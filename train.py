@@ -93,7 +93,7 @@ def parse_arguments(argv):
     add("--lr", type=rate, help="peak learning rate of all but the DACT heads (default: 5e-5, our choice; toy: 1e-3)")
     add("--head-lr", type=rate, default=1e-3, help="peak learning rate of the DACT heads (default: 1e-3, our choice)")
     add("--halt-bias", type=number(float, -100, 100), default=8.0,
-        help="B: halting biases start at B (1 - 2.5 n / N) in block n (default: 8, our choice)")  # fmt: skip
+        help="B: halting biases start at B - 20 n / N in block n; less saves more (default: 8, our choice)")  # fmt: skip
     add("--tau", type=number(float, 0, 1e3), default=5e-3,
         help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
     add("--rule", choices=dact.RULES, default="paper", help="halting rule of metrics.json: (4), or our exact one")
@@ -152,19 +152,19 @@ def run(args):
 
     header = {"task": args.task, "model": name, "max_tokens": max_tokens}
     header |= {"config": asdict(stage1.bert.config), "tokenizer": tokenizer.to_str()}
-    seconds = {}
+    seconds = {"stage1": 0.0}
     if checkpoint is None and rank() == 0:
         clear_folder(args, precision)
     stage1.to(device)
-    if args.stage1 is None:
-        if checkpoint and checkpoint["stage"] == "stage 2":  # then stage 1 ended, and this file is its end
-            stage1 = load_run(args.out / "stage1.pt", 1, args.task)[0].to(device)
-            seconds["stage1"] = checkpoint["before"]
-        else:
+    if checkpoint and checkpoint["stage"] == "stage 2":  # then stage 1 ended, and this file is its end
+        stage1 = load_run(args.out / "stage1.pt", 1, args.task)[0].to(device)
+        seconds["stage1"] = checkpoint["before"]
+    else:
+        if args.stage1 is None:
             seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, checkpoint)
-            save(args.out / "stage1.pt", header | {"stage": 1, "state": stage1.state_dict()})
+        save(args.out / "stage1.pt", header | {"stage": 1, "state": stage1.state_dict()})
     adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias).to(device)
-    loss, before = stage2_loss(args.tau), seconds.get("stage1", 0.0)
+    loss, before = stage2_loss(args.tau), seconds["stage1"]
     seconds["stage2"] = fit("stage 2", adaptive, loss, train, args, device, precision, checkpoint, before)
     save(args.out / "dact.pt", header | {"stage": 2, "state": adaptive.state_dict()})
 
@@ -547,9 +547,9 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     for rule in dact.RULES:
         rules[rule]["same_as_all_blocks"] = same_as_all_blocks(results, rule)
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
-    settings = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "head_lr", "halt_bias")}
+    knobs = {key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "head_lr", "halt_bias")}
     content = {
-        "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **settings,
+        "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **knobs,
         "precision": precision, "full": forms["stage 1"], "dact": rules[args.rule], "rules": rules,
         "control": forms["control"] | blocks_used(results["control"], N), "groups": by_group(results, dev, args),
         "seconds": seconds, "versions": versions,

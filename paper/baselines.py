@@ -338,8 +338,9 @@ class EntropyDact(dact.DactBert):
 
     def head(self, n, hidden):
         """y_n (B, C), h_n (B,), as in DACT."""
-        logits = self.classifiers[n - 1](hidden[:, 0].float())
-        return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.classifiers[n - 1](hidden[:, 0].float())
+            return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
     def forward(self, cls):
         """Training, on cached vectors cls (B, N, D) -> y (N, B, C), h (N, B)."""

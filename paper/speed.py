@@ -37,6 +37,7 @@ import train
 matplotlib.use("Agg")  # files, no windows
 BERT_BASE = bert.BertConfig(30522, 768, 12, 12, 3072)
 STEP = (16, 128)  # sequences, tokens of the training step that is timed
+STOCK_WIDTH = 128  # tokens that the stock recipes, and the scripts of DeeBERT, PABEE and FastBERT, pad every row to
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # batches of the latency plot
 
 
@@ -137,37 +138,49 @@ def peak(device, dtype):
 
 
 def sweep(run, sizes, repetitions, examples):
-    """{batch size: [{"full": Answers, "early": Answers} of each repetition]} over a part of the run's dev set."""
+    """{batch size: [{form: Answers} of each repetition]} over a part of the run's dev set.
+
+    Forms: "full" and "early", and "padded" at batch 1: early exit of single rows of STOCK_WIDTH tokens, or of more.
+    """
     part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[:examples])
     N = len(run.dact.backbone.blocks)
     forms = {
         "full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
         "early": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule]),
     }
+    padded = {"padded": lambda *inputs: forms["early"](*widened(inputs, run.dev.pad_id, STOCK_WIDTH))}
     found = {size: [] for size in sizes}
     for _ in range(repetitions):
         for size in sizes:
-            found[size].append(train.answer(forms, part, size, run.device, run.precision))
+            asked = forms | (padded if size == 1 else {})
+            found[size].append(train.answer(asked, part, size, run.device, run.precision))
     return found
 
 
 def exit_rows(run, found, batch):
-    """Early exit against full depth and against itself with one example at a time, which is how others evaluate."""
+    """Early exit against full depth, and against itself with one example at a time, which is how others evaluate."""
     seconds = {
-        (size, form): [answers[form].seconds for answers in found[size]] for size in found for form in ("full", "early")
+        (size, form): [answers[form].seconds for answers in found[size]] for size in found for form in found[size][0]
     }
     used = found[batch][0]["early"].exit_block.double().mean().item() / len(run.dact.backbone.blocks)
     name, full, early = run.folder.name, seconds[batch, "full"], seconds[batch, "early"]
     ideal = [used * x for x in full]
     alone, full_alone = seconds[1, "early"], seconds[1, "full"]
     examples = len(found[batch][0]["early"].labels)
-    rates = " against ".join(f"{examples / statistics.median(x):.4g}" for x in (early, alone)) + " examples/s"
+    padded = seconds[1, "padded"]
+
+    def rates(*times):
+        return " against ".join(f"{examples / statistics.median(x):.4g}" for x in times) + " examples/s"
+
     return [
         Row(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", ratio(early, ideal), ("<=", 1 / 0.9),
             f"{medians(early, full)}, {100 * (1 - used):.1f} % of blocks saved"),
         Row(f"{name}: early exit at batch 1 / full depth", ratio(alone, full_alone), ("<=", 1.0),
             medians(alone, full_alone)),
-        Row(f"{name}: examples/s at batch {batch} / one at a time, same exit", ratio(alone, early), (">=", 3.0), rates),
+        Row(f"{name}: examples/s at batch {batch} / one at a time, same exit", ratio(alone, early), (">=", 3.0),
+            rates(early, alone)),
+        Row(f"   / one at a time padded to {STOCK_WIDTH} tokens, as others evaluate", ratio(padded, early), (">=", 3.0),
+            rates(early, padded)),
     ]  # fmt: skip
 
 
@@ -284,7 +297,7 @@ def training_set(run, args, tokenizer, config):
 def epoch_rows(config, dataset, batch, device, precision, repetitions):
     """An epoch over real lengths, estimated from some of its batches, against the stock recipes of `transformers`."""
     padded, dynamic = (
-        "epoch of real lengths: speed-up over padding to 128, float32",
+        f"epoch of real lengths: speed-up over padding to {STOCK_WIDTH}, float32",
         f"   over dynamic padding, {precision}",
     )
     if not have_transformers():
@@ -299,7 +312,7 @@ def epoch_rows(config, dataset, batch, device, precision, repetitions):
     forms = {
         "ours": partial(run_batches, ours, dataset, grouped, device, precision),
         "dynamic": partial(run_batches, theirs, dataset, shuffled, device, precision),
-        "padded": partial(run_batches, theirs, dataset, shuffled[:1], device, "float32", 128),
+        "padded": partial(run_batches, theirs, dataset, shuffled[:1], device, "float32", STOCK_WIDTH),
     }
     examples = {"ours": grouped, "dynamic": shuffled, "padded": shuffled[:1]}
     examples = {name: sum(map(len, batches)) for name, batches in examples.items()}
@@ -325,11 +338,15 @@ def spread(batches, lengths, count=5):
 def run_batches(step, dataset, batches, device, precision, width=0):
     """Take a step for each batch; width: pad all rows to as many tokens, by default to the longest of the batch."""
     for indices in batches:
-        (input_ids, segment_ids, mask), labels = dataset.batch(indices)
-        missing = (0, max(0, width - mask.shape[1]))
-        padded = F.pad(input_ids, missing, value=dataset.pad_id), F.pad(segment_ids, missing), F.pad(mask, missing)
-        *inputs, labels = train.to_device((*padded, labels), device)
+        inputs, labels = dataset.batch(indices)
+        *inputs, labels = train.to_device((*widened(inputs, dataset.pad_id, width), labels), device)
         step(inputs, labels, precision)
+
+
+def widened(inputs, pad_id, width):
+    """Token ids, segments and mask (B, T), padded on the right to `width` tokens unless they have as many."""
+    missing = (0, max(0, width - inputs[0].shape[1]))
+    return tuple(F.pad(x, missing, value=fill) for x, fill in zip(inputs, (pad_id, 0, False)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

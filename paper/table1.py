@@ -2,7 +2,7 @@
 
     python paper/table1.py runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 runs/rte-0 ...
 
-The runs are finished ones of train.py; those of one task and model that differ in their seed make one table. The other
+The runs are finished ones of train.py; those that differ in nothing but their seed make one table. The other
 systems are trained from each run's stage 1 and kept in its folder, what was measured is kept in its table1.json, so that
 an interrupted table goes on. Leaves table1.md and table1.png in --out.
 
@@ -35,6 +35,7 @@ PAPER = {
     "rte": {"base": (69.9, 0.0), "DeeBERT, S = 0.25": (69.8, 5.3), "DeeBERT, S = 0.50": (68.1, 21.2),
             "DeeBERT, S = 0.75": (52.0, 91.7), "DACT, rule (4)": (62.7, 50.0)},
 }  # fmt: skip
+SETTINGS = ("epochs", "batch", "lr", "head_lr", "tau", "halt_bias")  # two runs of one table agree on them
 SYSTEMS = ("deebert", "fastbert", "pabee", "first")
 
 
@@ -46,10 +47,10 @@ def main(argv):
     tables = defaultdict(list)
     for folder in args.runs:
         result = measured(folder, args.data, systems)
-        tables[result["task"], result["model"]].append(result)
+        tables[result["task"], result["model"], result["settings"]].append(result)
     out = Path(args.out or args.runs[0])
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(markdown(task, model, results) for (task, model), results in tables.items())
+    text = "\n".join(markdown(*what, results) for what, results in tables.items())
     print("\n" + text)
     train.write_whole(out / "table1.md", lambda file: file.write(text.encode()))
     draw(tables, out / "table1.png")
@@ -66,12 +67,13 @@ def measured(folder, data_folder, systems):
     if path.exists():
         try:
             found = json.loads(path.read_text())
-            if found["systems"] == systems and found["task"] and found["model"]:
+            if found["systems"] == systems and found["task"] and found["model"] and found["settings"]:
                 return found
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
     run = baselines.open_run(folder, data_folder)
     result = {"systems": systems, "task": run.args.task, "model": Path(run.args.model).name, "seed": run.args.seed}
+    result["settings"] = ", ".join(f"{name.replace('_', ' ')} {getattr(run.args, name):g}" for name in SETTINGS)
     result |= measure(run, systems)
     train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
@@ -134,14 +136,14 @@ def curve(run, logits, rules):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All runs of one task and model
+# All runs of one task, model and settings
 
 
-def markdown(task, model, results):
-    """The table of one task and model as Markdown: mean ± standard deviation over the seeds."""
+def markdown(task, model, settings, results):
+    """The table of runs that differ in their seed, as Markdown: mean ± standard deviation."""
     metrics = data.TASKS[task].metrics
     seeds = ", ".join(str(result["seed"]) for result in results)
-    lines = [f"**{task.upper() if task != 'toy' else task}, {model}**, seed(s) {seeds}", ""]
+    lines = [f"**{task.upper() if task != 'toy' else task}, {model}**, seed(s) {seeds}; {settings}", ""]
     lines.append("| | " + " | ".join(metrics) + " | blocks saved | seconds | in the paper (BERT-base) |")
     lines.append("| --- |" + " ---: |" * (len(metrics) + 3))
     order = [
@@ -174,9 +176,9 @@ MARKS = {"base": ("k", "s"), "DACT, rule (4)": ("#0072B2", "o"), "DACT, exact ru
 
 
 def draw(tables, path):
-    """Metric against blocks saved, one panel for each task and model: a line for each system and seed."""
+    """Metric against blocks saved, one panel for each table: a line for each system and seed."""
     figure, axes = plt.subplots(1, len(tables), figsize=(1 + 4.5 * len(tables), 4), squeeze=False)
-    for axis, ((task, model), results) in zip(axes[0], tables.items()):
+    for axis, ((task, model, _), results) in zip(axes[0], tables.items()):
         metric = data.TASKS[task].metrics[0]
         for i, result in enumerate(results):
             for name, points in result["curves"].items():

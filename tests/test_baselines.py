@@ -249,8 +249,8 @@ def test_a_table_over_seeds():
          for row, value in (("majority", 50), ("base", 60 + seed), ("DACT, rule (4)", 60), ("DACT, exact rule", 61))}}
         for seed in (0, 1, 2)
     ]  # fmt: skip
-    text = table1.markdown("rte", "m", results)
-    assert "seed(s) 0, 1, 2" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
+    text = table1.markdown("rte", "m", "tau 0.005", results)
+    assert "seed(s) 0, 1, 2; tau 0.005" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
     assert "| 62.7 %, 50.0 % |" in text  # the paper's DACT on RTE
 
 

@@ -124,7 +124,8 @@ def test_speed_prints_its_table_and_draws_its_picture(tmp_path, capsys):
     flags = f"--model {model} --batch 2 --examples 4 --repetitions 1"
     speed.main([str(run), *flags.split()])
     out = capsys.readouterr().out
-    titles = ["early exit at batch 2", "early exit at batch 1", "examples/s at batch 2", "training step", "model flops",
+    titles = ["early exit at batch 2", "early exit at batch 1", "examples/s at batch 2", "as others evaluate",
+              "training step", "model flops",
               "padding to 128", "dynamic padding", "loading", "peak memory"]  # fmt: skip
     for title in titles:
         (line,) = [line for line in out.splitlines() if title in line and "goal" not in line]
