@@ -37,7 +37,9 @@ class Run(NamedTuple):
     """What a finished run left, and what it was made with."""
 
     folder: Path
-    args: argparse.Namespace  # task, model, seed, epochs, batch, max_tokens, lr, head_lr, halt_bias, tau, rule, data
+    args: (
+        argparse.Namespace
+    )  # task, model, seed, epochs, batch, max_tokens, lr, head_lr, halt_bias, head_loss, tau, rule, data
     metrics: dict  # metrics.json
     stage1: bert.BertClassifier
     dact: dact.DactBert

@@ -35,7 +35,7 @@ PAPER = {
     "rte": {"base": (69.9, 0.0), "DeeBERT, S = 0.25": (69.8, 5.3), "DeeBERT, S = 0.50": (68.1, 21.2),
             "DeeBERT, S = 0.75": (52.0, 91.7), "DACT, rule (4)": (62.7, 50.0)},
 }  # fmt: skip
-SETTINGS = ("epochs", "batch", "lr", "head_lr", "tau", "halt_bias")  # two runs of one table agree on them
+SETTINGS = ("epochs", "batch", "lr", "head_lr", "tau", "halt_bias", "head_loss")  # two runs of one table agree on them
 SYSTEMS = ("deebert", "fastbert", "pabee", "first")
 
 

@@ -1,6 +1,7 @@
 """train.py end to end on small things: what a run leaves, what it says, and what it refuses."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -32,6 +33,23 @@ def fails(capsys, *argv):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss of stage 2
+
+
+def test_loss_of_stage_2_by_hand():
+    """Two blocks, two rows, tau = 0.1. Row 1: a_2 = 0.5 y_2 + 0.5 y_1 = 0.7; row 2: 0.25 * 0.5 + 0.75 * 0.1 = 0.2."""
+    y = torch.tensor([[[0.8, 0.2], [0.9, 0.1]], [[0.6, 0.4], [0.5, 0.5]]])
+    h = torch.tensor([[0.5, 0.25], [0.1, 0.15]])
+    labels, log = torch.tensor([0, 1]), math.log
+    answer, price = -(log(0.7) + log(0.2)) / 2, 0.1 * (0.6 + 0.4) / 2
+    total, said_price, mean_h = train.stage2_loss(0.1)(lambda: (y, h), (), labels)
+    assert (total.item(), said_price.item(), mean_h.item()) == pytest.approx((answer + price, price, 0.25))
+    heads = -(log(0.8) + log(0.1) + log(0.6) + log(0.5)) / 4  # every head's own loss, if asked for
+    total, said_price, _ = train.stage2_loss(0.1, 2.0)(lambda: (y, h), (), labels)
+    assert (total.item(), said_price.item()) == pytest.approx((answer + price + 2 * heads, price))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
