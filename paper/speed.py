@@ -140,7 +140,7 @@ def peak(device, dtype):
 def sweep(run, sizes, repetitions, examples):
     """{batch size: [{form: Answers} of each repetition]} over a part of the run's dev set.
 
-    Forms: "full" and "early", and "padded" at batch 1: early exit of single rows of STOCK_WIDTH tokens, or of more.
+    Forms: "full" and "early", and "padded" at batch 1: early exit of single rows as wide as others pad them.
     """
     part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[:examples])
     N = len(run.dact.backbone.blocks)
@@ -148,7 +148,7 @@ def sweep(run, sizes, repetitions, examples):
         "full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
         "early": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule]),
     }
-    padded = {"padded": lambda *inputs: forms["early"](*widened(inputs, run.dev.pad_id, STOCK_WIDTH))}
+    padded = {"padded": lambda *inputs: forms["early"](*widened(inputs, run.dev.pad_id, stock_width(run)))}
     found = {size: [] for size in sizes}
     for _ in range(repetitions):
         for size in sizes:
@@ -179,9 +179,14 @@ def exit_rows(run, found, batch):
             medians(alone, full_alone)),
         Row(f"{name}: examples/s at batch {batch} / one at a time, same exit", ratio(alone, early), (">=", 3.0),
             rates(early, alone)),
-        Row(f"   / one at a time padded to {STOCK_WIDTH} tokens, as others evaluate", ratio(padded, early), (">=", 3.0),
+        Row(f"   / one at a time padded to {stock_width(run)} tokens, as others evaluate", ratio(padded, early), (">=", 3.0),
             rates(early, padded)),
     ]  # fmt: skip
+
+
+def stock_width(run):
+    """STOCK_WIDTH, or as many tokens as the run's model has positions for."""
+    return min(STOCK_WIDTH, run.stage1.bert.config.max_tokens)
 
 
 def draw(run, found):
