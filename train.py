@@ -554,12 +554,10 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     for rule in dact.RULES:
         rules[rule]["same_as_all_blocks"] = same_as_all_blocks(results, rule)
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
-    knobs = {
-        key: getattr(args, key) for key in ("epochs", "batch", "max_tokens", "lr", "head_lr", "halt_bias", "head_loss")
-    }
     content = {
-        "task": args.task, "model": name, "seed": args.seed, "tau": args.tau, "rule": args.rule, **knobs,
-        "precision": precision, "full": forms["stage 1"], "dact": rules[args.rule], "rules": rules,
+        **{key: getattr(args, key) for key, kind in METRICS_JSON.items() if kind is not dict},
+        "model": name, "precision": precision,  # as found, which may be more than what was asked for
+        "full": forms["stage 1"], "dact": rules[args.rule], "rules": rules,
         "control": forms["control"] | blocks_used(results["control"], N), "groups": by_group(results, dev, args),
         "seconds": seconds, "versions": versions,
     }  # fmt: skip
@@ -667,7 +665,8 @@ def read_metrics(folder):
 
 METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
                 "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
-                "head_loss": (int, float), "precision": str, "full": dict, "dact": dict, "rules": dict, "seconds": dict}  # fmt: skip
+                "head_loss": (int, float), "precision": str, "full": dict, "dact": dict, "rules": dict,
+                "seconds": dict}  # fmt: skip
 
 
 def save(path, content):

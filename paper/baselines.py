@@ -37,9 +37,7 @@ class Run(NamedTuple):
     """What a finished run left, and what it was made with."""
 
     folder: Path
-    args: (
-        argparse.Namespace
-    )  # task, model, seed, epochs, batch, max_tokens, lr, head_lr, halt_bias, head_loss, tau, rule, data
+    args: argparse.Namespace  # the settings that metrics.json holds (train.METRICS_JSON), and data
     metrics: dict  # metrics.json
     stage1: bert.BertClassifier
     dact: dact.DactBert

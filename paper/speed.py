@@ -179,8 +179,8 @@ def exit_rows(run, found, batch):
             medians(alone, full_alone)),
         Row(f"{name}: examples/s at batch {batch} / one at a time, same exit", ratio(alone, early), (">=", 3.0),
             rates(early, alone)),
-        Row(f"   / one at a time padded to {stock_width(run)} tokens, as others evaluate", ratio(padded, early), (">=", 3.0),
-            rates(early, padded)),
+        Row(f"   / one at a time padded to {stock_width(run)} tokens, as others evaluate", ratio(padded, early),
+            (">=", 3.0), rates(early, padded)),
     ]  # fmt: skip
 
 

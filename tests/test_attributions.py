@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from captum.attr import LayerConductance, LayerIntegratedGradients
-from fakes import google_arrays, short_toy_run, small_toy_task, write_google
+from fakes import google_arrays, write_google
 
 import bert
 import dact
@@ -24,18 +24,7 @@ import figure3
 import figure4
 from attributions import integrated_gradients, layer_conductance
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_sentences():
-    """A twelfth of the toy task's sentences, for this file."""
-    with small_toy_task(12):
-        yield
-
-
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory):
-    """The folder of a short run, 341 training and 50 dev examples."""
-    return short_toy_run(tmp_path_factory.mktemp("toy"), batch=16)
+pytestmark = pytest.mark.usefixtures("few_sentences")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import CONFIG, google_arrays, hugging_face_names, short_toy_run, small_toy_task, write_google
+from fakes import CONFIG, google_arrays, hugging_face_names, write_google
 from transformers import BertConfig as ReferenceConfig
 from transformers import BertModel
 
@@ -26,21 +26,9 @@ import figure2
 import figure5
 import pruning
 
+pytestmark = pytest.mark.usefixtures("few_sentences")
 SCRIPTS = {"figure2": figure2, "figure5": figure5, "pruning": pruning}
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_sentences():
-    """A twelfth of the toy task's sentences, for this file."""
-    with small_toy_task(12):
-        yield
-
-
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory):
-    """The folder of a short run, 341 training and 50 dev examples."""
-    return short_toy_run(tmp_path_factory.mktemp("toy"), batch=16)
 
 
 @pytest.fixture

@@ -97,9 +97,7 @@ def test_stage_2_from_a_file_is_stage_2_of_the_run(toy_run, tmp_path):
     first, second = (torch.load(folder / "dact.pt")["state"] for folder in (toy_run, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
     first, second = (torch.load(folder / "stage1.pt")["state"] for folder in (toy_run, tmp_path))
-    assert all(
-        torch.equal(first[name], second[name]) for name in first
-    )  # so that the folder is whole, as paper/ reads it
+    assert all(torch.equal(first[name], second[name]) for name in first)  # the folder is whole, as paper/ reads it
 
 
 def test_explain_shows_the_equations(toy_run, capsys):
