@@ -15,7 +15,7 @@ import mmap
 import re
 import struct
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -68,31 +68,26 @@ class BertConfig:
             raise InputError(f"{source}: model type {kind!r} cannot be read; give a BERT or a RoBERTa")
         if kind == "roberta":
             values = {"pad_token_id": 1} | values
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if name not in values:
-                raise InputError(f"{source}: {name} is missing; give the config that came with the weights")
+        fitting = "give the config that came with the weights"
         for f in fields(cls):
             value = values.get(f.name, f.default)
+            if value is MISSING:
+                raise InputError(f"{source}: {f.name} is missing; {fitting}")
             right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
             if right and f.type is int:
                 right = (f.name not in ("pad_token_id", "first_position")) <= value < 2**31
             if right and f.type is float:
                 right = 0 <= value < 1
             if not right:
-                raise InputError(f"{source}: {f.name} is {value!r}; give the config that came with the weights")
+                raise InputError(f"{source}: {f.name} is {value!r}; {fitting}")
         config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         if kind == "roberta":
             config = replace(config, first_position=config.pad_token_id + 1)
+        D, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
         if config.max_tokens < 1:
-            raise InputError(
-                f"{source}: max_position_embeddings {config.max_position_embeddings} leaves no position for a token; "
-                "give the config that came with the weights"
-            )
-        if config.hidden_size % config.num_attention_heads:
-            raise InputError(
-                f"{source}: hidden_size {config.hidden_size} is no multiple of "
-                f"num_attention_heads {config.num_attention_heads}; give the config that came with the weights"
-            )
+            raise InputError(f"{source}: max_position_embeddings {positions} leaves no position for a token; {fitting}")
+        if D % heads:
+            raise InputError(f"{source}: hidden_size {D} is no multiple of num_attention_heads {heads}; {fitting}")
         if config.hidden_act != "gelu":
             raise InputError(f"{source}: hidden_act is {config.hidden_act!r}; only 'gelu' is implemented")
         return config
@@ -343,6 +338,8 @@ def load_pretrained(name, num_classes):
     else:
         tensors = read_safetensors(path)
     tokenizer = read_tokenizer(path, files)
+    if tokenizer.num_special_tokens_to_add(True) < 3:  # the heads read the first token, which must be [CLS]
+        raise InputError(f"{path}: the tokenizer puts no [CLS] and [SEP] around a text; give the one of the weights")
     highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
     if highest >= config.vocab_size:
         raise InputError(
@@ -369,7 +366,12 @@ class NoRandomStart(TorchFunctionMode):
 
 
 def build(config, num_classes, tensors, source):
-    """A BertClassifier that has `tensors` {our name: tensor}, in float32, as its weights."""
+    """A BertClassifier that has `tensors` {name in a Hugging Face checkpoint: tensor}, in float32, as its weights."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if renamed.setdefault(our_name(name), tensor) is not tensor:
+            raise InputError(f"{source}: {name} is there under another name too; give the checkpoint as it came")
+    tensors = renamed
     with torch.device("meta"), NoRandomStart():  # no memory for what the checkpoint overwrites
         model = BertClassifier(Bert(config), Classifier(config, num_classes))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -400,7 +402,7 @@ def name_some(names):
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-# (pattern of a Hugging Face name, our name). Google's names become Hugging Face's first, see `our_names`.
+# (pattern of a Hugging Face name, our name). Google's names become Hugging Face's first, see `read_google`.
 RENAMES = (
     (r"^embeddings\.(word|position)_embeddings\.", r"bert.embed.\1."),
     (r"^embeddings\.token_type_embeddings\.", r"bert.embed.segment."),
@@ -526,7 +528,7 @@ class Entry(NamedTuple):
 
 
 def read_google(path, files):
-    """{our name: tensor} of the TensorFlow checkpoint in a folder or zip."""
+    """{name as Hugging Face has it: tensor} of the TensorFlow checkpoint in a folder or zip."""
     indices = [name for name in files if name.endswith(".ckpt.index")]
     if len(indices) != 1:
         raise InputError(f"{path}: {len(indices)} files named *.ckpt.index, expected one; give the whole checkpoint")
@@ -552,8 +554,7 @@ def read_google(path, files):
         kernel = name.endswith("kernel")  # TensorFlow keeps (in, out), nn.Linear (out, in)
         tensor = own_tensor(shards[shard], *place, torch.float32, entry.shape, transposed=kernel)
         key = re.sub(r"/layer_(\d+)/", r"/layer/\1/", name).replace("/", ".").replace(".kernel", ".weight")
-        key = key + ".weight" if key.endswith("_embeddings") else key
-        tensors[our_name(key)] = tensor
+        tensors[key + ".weight" if key.endswith("_embeddings") else key] = tensor
     return tensors
 
 
@@ -664,7 +665,7 @@ SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.b
 
 
 def read_safetensors(path):
-    """{our name: tensor} of model.safetensors in a folder or zip."""
+    """{name: tensor} of model.safetensors in a folder or zip."""
     content = read_file(path, "model.safetensors")
     source = f"{path}: model.safetensors"
     try:
@@ -683,6 +684,8 @@ def read_safetensors(path):
             if start != end or stop < start:
                 raise ValueError(f"a hole or an overlap before {name}")
             end = stop
+        if end > len(content) - 8 - length:
+            raise ValueError(f"it ends after {len(content)} bytes, before the last of its tensors")
         if end < len(content) - 8 - length:
             raise ValueError(f"{len(content) - 8 - length - end} bytes that belong to no tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
@@ -693,17 +696,15 @@ def read_safetensors(path):
             continue
         if dtype not in SAFETENSORS_TYPES:
             raise InputError(f"{source}: {name} is {dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
-        if not start <= end <= len(content) - 8 - length:
-            raise InputError(f"{source} ends after {len(content)} bytes, inside or before {name}; download it again")
         if end - start != prod(shape) * SAFETENSORS_TYPES[dtype].itemsize:
             raise InputError(f"{source}: {name} has shape {shape} in {end - start} bytes; download it again")
         place = 8 + length + start, 8 + length + end
-        tensors[our_name(name)] = own_tensor(content, *place, SAFETENSORS_TYPES[dtype], shape)
+        tensors[name] = own_tensor(content, *place, SAFETENSORS_TYPES[dtype], shape)
     return tensors
 
 
 def read_bin(path):
-    """{our name: tensor} of pytorch_model.bin in a folder or zip. Nothing in it can run code."""
+    """{name: tensor} of pytorch_model.bin in a folder or zip. Nothing in it can run code."""
     source = f"{path}: pytorch_model.bin"
     file = path / "pytorch_model.bin" if path.is_dir() else io.BytesIO(read_file(path, "pytorch_model.bin"))
     tensors = load_pickle(file, source)
@@ -713,7 +714,7 @@ def read_bin(path):
     for name, tensor in tensors.items():
         if tensor.dtype not in SAFETENSORS_TYPES.values():
             raise InputError(f"{source}: {name} is {tensor.dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
-    return {our_name(name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def load_pickle(file, source=None):

@@ -114,7 +114,8 @@ def exact_rule(a, p, d):
     that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later
         1 + D_N >= (1 + D_n) (1 - p_n)^d.
     Safe: if the right side is at least 1, D_N >= 0 and no class overtakes the winner; a lead over the runner-up is a
-    lead over all. (D_N = 0 would be a tie; it takes h = 1 in every later block, and a sigmoid stays below.)
+    lead over all. (D_N = 0 would be a tie; it takes h = 1 in every later block, where a sigmoid stays below. All of this
+    is exact arithmetic: a lead of less than float32's 1e-7 is rounding, and either rule may go wrong on it.)
     Exact: with h = 1 and y = all on the runner-up in every later block, each step above is an equality, so if the right
     side is below 1 there is a future in which the winner falls.
 

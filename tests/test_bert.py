@@ -18,6 +18,8 @@ from fakes import (
     write_roberta,
     zip_folder,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordPiece
 from transformers import BertConfig as ReferenceConfig
 from transformers import BertModel, BertTokenizer, PreTrainedTokenizerFast, RobertaModel, RobertaTokenizer
 
@@ -94,12 +96,13 @@ def test_e5_from_safetensors_equals_transformers():
 def test_tiny_random_from_tensorflow_equals_transformers_and_its_arrays():
     folder = MODELS / "tiny_random_L-2_H-32_A-2"
     config = bert.BertConfig.from_dict(json.loads((folder / "bert_config.json").read_text()))
-    tensors = bert.read_google(folder, bert.list_files(folder))
+    read = bert.read_google(folder, bert.list_files(folder))
+    tensors = {bert.our_name(name): tensor for name, tensor in read.items()}
     arrays = {name.replace("|", "/"): array for name, array in np.load(folder / "expected.npz").items()}
     expected = {bert.our_name(name): tensor for name, tensor in hugging_face_names(arrays).items()}
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
-    model = bert.build(config, 2, tensors, folder)
+    model = bert.build(config, 2, read, folder)
     _, tokenizer = bert.load_pretrained(MODELS / "minilm_L-6_H-384_A-12", 2)
     input_ids, segment_ids, mask = real_batch(tokenizer, 0, max_tokens=64)
     assert_same_hidden_states(model.bert, reference_from_google(folder), input_ids % 128, segment_ids, mask)
@@ -378,6 +381,9 @@ def test_bad_vocabulary(google):
     refuse(google, "vocab.txt")
     (google / "tokenizer.json").write_text("{}")
     refuse(google, "tokenizer.json")
+    for bare in (WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), BPE()):  # the heads would read a word for [CLS]
+        (google / "tokenizer.json").write_text(Tokenizer(bare).to_str())
+        refuse(google, "no [CLS] and [SEP]")
 
 
 def test_checksum_of_the_index():
@@ -425,7 +431,10 @@ def test_bad_safetensors(tmp_path):
     ):
         file.write_bytes(broken)
         refuse(folder, "model.safetensors", word)
-    write_hugging_face(folder, {k: v for k, v in tensors.items() if k != "embeddings.word_embeddings.weight"})
+    word = "embeddings.word_embeddings.weight"
+    write_hugging_face(folder, tensors | {f"bert.{word}": torch.zeros_like(tensors[word])})
+    refuse(folder, "word_embeddings", "under another name too")
+    write_hugging_face(folder, {k: v for k, v in tensors.items() if k != word})
     refuse(folder, "missing", "embed.word")
     file.unlink()
     refuse(folder, "model.safetensors is missing")
