@@ -92,25 +92,25 @@ def find_task(name):
     return TASKS[name]
 
 
-def load_task(name, folder):
+def load_task(name, folder=None):
     """The train and dev split of a task, as two `Examples`.
 
-    folder: where the files lie or are downloaded to; the toy task makes its sentences and ignores it.
+    folder: where the files lie or are downloaded to, by default in the cache; the toy task makes its sentences itself.
     Raises InputError for an unknown task and for everything that can be wrong with a download or a file.
     """
     task = find_task(name)
     if name == "toy":
         return toy_examples(4096, seed=1), toy_examples(600, seed=2)
     if name == "mrpc":
-        return load_mrpc(task, Path(folder))
+        return load_mrpc(task, folder)
     train, dev = Examples(), Examples()
-    read_into(train, task, Path(folder), f"{task.folder}/train.tsv", "")
+    read_into(train, task, folder, f"{task.folder}/train.tsv", "")
     for part in task.parts:
-        read_into(dev, task, Path(folder), f"{task.folder}/dev{part and '_' + part}.tsv", part)
+        read_into(dev, task, folder, f"{task.folder}/dev{part and '_' + part}.tsv", part)
     return train, dev
 
 
-def load_test(name, folder):
+def load_test(name, folder=None):
     """The test split, whose labels GLUE keeps to itself (they are all 0 here), grouped by the file its server takes."""
     task, test = find_task(name), Examples()
     if name == "toy":
@@ -119,7 +119,7 @@ def load_test(name, folder):
     for part in task.parts:
         file = "msr_paraphrase_test.txt" if name == "mrpc" else f"test{part and '_' + part}.tsv"
         suffix = {"": "", "matched": "-m", "mismatched": "-mm"}[part]
-        read_into(test, task, Path(folder), f"{task.folder}/{file}", task.folder + suffix)
+        read_into(test, task, folder, f"{task.folder}/{file}", task.folder + suffix)
     return test
 
 
@@ -201,6 +201,7 @@ def find_file(folder, name, archive=""):
 
     Without an archive the file itself is what is downloaded. Nothing is ever unpacked to disk.
     """
+    folder = Path(folder or cache_dir() / "glue")
     path = folder / name
     if path.is_file():
         return path.read_bytes()

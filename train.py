@@ -43,16 +43,16 @@ TOY_CONFIG = bert.BertConfig(
     intermediate_size=128,
     max_position_embeddings=32,
 )
-# (GLUE, toy): what suits a pretrained model does not suit one that starts from nothing
+# (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing
 DEFAULTS = {"epochs": (3, 12), "batch": (32, 64), "lr": (5e-5, 1e-3)}
 
 
 def main(argv=None):
     try:
         args = parse_arguments(argv)
-        if args.explain:
+        if args.explain is not None:
             explain(args)
-        elif args.submit:
+        elif args.submit is not None:
             submit(args)
         else:
             run(args)
@@ -98,7 +98,8 @@ def parse_arguments(argv):
         help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
     add("--head-loss", type=number(float, 0, 1e3), default=0.0,
         help="weight of every head's own loss in stage 2, beside (3) (default: 0, the paper's)")  # fmt: skip
-    add("--rule", choices=dact.RULES, default="paper", help="halting rule of metrics.json: (4), or our exact one")
+    add("--rule", choices=dact.RULES, default="paper", 
+        help="halting rule that answers: (4), or our exact one (default: paper)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
@@ -107,11 +108,11 @@ def parse_arguments(argv):
     add("--submit", metavar="FOLDER", help="write the test predictions of a finished run (--out) as GLUE takes them")
     add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence or pair (run: --out)")
     args = parser.parse_args(argv)
-    for name, (glue, toy) in DEFAULTS.items():
+    scratch = args.task == "toy" and args.model is None
+    for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, toy if args.task == "toy" else glue)
+            setattr(args, name, defaults[scratch])
     args.out = Path(args.out or f"runs/{args.task}")
-    args.data = Path(args.data or data.cache_dir() / "glue")
     return args
 
 
@@ -123,7 +124,7 @@ def number(kind, low, high):
             raise ValueError
         return kind(text)
 
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g},"  # argparse puts it into its message
+    parse.__name__ = f"{kind.__name__} from {low} to {high},"  # argparse puts it into its message
     return parse
 
 
@@ -142,7 +143,8 @@ def run(args):
             f"{args.out} does not hold the same run for every process; name a folder that all machines share"
         )
     torch.manual_seed(args.seed)
-    stage1, tokenizer, name = starting_model(args)
+    behind = checkpoint is not None and checkpoint["stage"] == "stage 2"  # then stage 1 ended, and left its file
+    stage1, tokenizer, name = starting_model(args, args.out / "stage1.pt" if behind else args.stage1)
     pad_id = stage1.bert.config.pad_token_id
     max_tokens = min(args.max_tokens, stage1.bert.config.max_tokens)
     train, dev = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data))
@@ -158,8 +160,7 @@ def run(args):
     if checkpoint is None and rank() == 0:
         clear_folder(args, precision)
     stage1.to(device)
-    if checkpoint and checkpoint["stage"] == "stage 2":  # then stage 1 ended, and this file is its end
-        stage1 = load_run(args.out / "stage1.pt", 1, args.task)[0].to(device)
+    if behind:
         seconds["stage1"] = checkpoint["before"]
     else:
         if args.stage1 is None:
@@ -205,14 +206,14 @@ def pick_precision(device, asked):
     return "float32", "no native bfloat16 known on it"
 
 
-def starting_model(args):
+def starting_model(args, stage1=None):
     """What training starts from: (BertClassifier, Tokenizer, name of the model).
 
-    The stage-1 model of an earlier run, or pretrained weights, or for the toy task a tiny BERT with random ones.
+    The model of the file `stage1`, if there is one, or pretrained weights, or for the toy task a tiny BERT with random ones.
     """
     num_classes = len(data.find_task(args.task).labels)
-    if args.stage1 is not None:
-        return load_run(Path(args.stage1), 1, args.task)[:3]
+    if stage1 is not None:
+        return load_run(Path(stage1), 1, args.task)[:3]
     if args.task == "toy" and args.model is None:
         model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
         return model.apply(bert.init_weights), bert.wordpiece_tokenizer(TOY_VOCAB), "toy (from scratch)"
@@ -350,9 +351,10 @@ def stop_unless_finite(losses, stage, step, steps, args):
     if len(bad):
         step += 1 + bad[0].item() - len(losses)
         rate, last = args.lr * warm_up_and_decay(step, steps), args.out / "checkpoint.pt"
+        sound = f"the last sound state is {last}" if last.is_file() else "no epoch was finished"
         raise InputError(
             f"{stage}: the loss is {losses[bad[0]].item()} at step {step}, learning rate {rate:.2g}; "
-            f"start again with a smaller --lr ({f'the last sound state is {last}' if last.is_file() else 'no epoch was finished'})"
+            f"start again with a smaller --lr ({sound})"
         )
 
 
@@ -555,8 +557,7 @@ def write_metrics(results, seconds, dev, args, name, precision, versions, N):
         rules[rule]["same_as_all_blocks"] = same_as_all_blocks(results, rule)
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
     content = {
-        **{key: getattr(args, key) for key, kind in METRICS_JSON.items() if kind is not dict},
-        "model": name, "precision": precision,  # as found, which may be more than what was asked for
+        **settings(args, precision), "model": name, "rule": args.rule,
         "full": forms["stage 1"], "dact": rules[args.rule], "rules": rules,
         "control": forms["control"] | blocks_used(results["control"], N), "groups": by_group(results, dev, args),
         "seconds": seconds, "versions": versions,
@@ -571,7 +572,7 @@ RUN_FILES = ("log.jsonl", "checkpoint.pt", "stage1.pt", "dact.pt", "metrics.json
 
 
 def settings(args, precision):
-    """What decides the numbers of a run. The first line of log.jsonl keeps it, so that only its like resumes it."""
+    """What decides the numbers of a run, as log.jsonl (so that only its like resumes it) and metrics.json keep it."""
     names = "task model stage1 epochs batch max_tokens lr head_lr halt_bias tau head_loss seed".split()
     return {name: getattr(args, name) for name in names} | {"precision": precision, "processes": num_processes()}
 
@@ -582,7 +583,7 @@ def find_checkpoint(args, precision):
     Raises InputError if args.out holds a run, unless it is to be overwritten, or resumed and has the same settings.
     """
     held = [name for name in RUN_FILES if (args.out / name).exists()]
-    if not held or args.overwrite:
+    if not held or (args.overwrite and not args.resume):
         return None
     if "metrics.json" in held:
         raise InputError(f"{args.out} holds a finished run; choose another --out, or start again with --overwrite")
@@ -642,33 +643,6 @@ def write_whole(path, write):
         raise
 
 
-def read_metrics(folder):
-    """The metrics.json of a finished run, checked as far as others rely on it. Raises InputError."""
-    path = Path(folder) / "metrics.json"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; name the folder of a finished run, or make one with train.py")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("no object")
-        for key, kind in METRICS_JSON.items():
-            if not isinstance(found[key], kind) or isinstance(found[key], bool):
-                raise TypeError(f"{key} is {str(found[key])[:40]!r}")
-        for part in (found["full"], *found["rules"].values()):
-            numbers = [part[name] for name in data.find_task(found["task"]).metrics]
-            if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
-                raise ValueError("a metric is no percentage")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not the metrics of a run ({str(error)[:80]!r}); run train.py again") from None
-    return found
-
-
-METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
-                "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
-                "head_loss": (int, float), "precision": str, "full": dict, "dact": dict, "rules": dict,
-                "seconds": dict}  # fmt: skip
-
-
 def save(path, content):
     try:
         write_whole(path, lambda file: torch.save(content, file))
@@ -688,12 +662,16 @@ def load_run(path, stage, task):
     try:
         found = saved["task"], saved["stage"]
         tokenizer = Tokenizer.from_str(saved["tokenizer"])
-        name, max_tokens, state = saved["model"], saved["max_tokens"], saved["state"]
+        name, max_tokens, state, config = (saved[key] for key in ("model", "max_tokens", "state", "config"))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise InputError(f"{path}: not a file of a run ({type(error).__name__}); name another one") from None
     if found != (task, stage):
-        raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, expected stage {stage} on {task!r}")
-    config = bert.BertConfig.from_dict(saved["config"], str(path))
+        raise InputError(
+            f"{path}: stage {found[1]} of a run on {found[0]!r}, expected stage {stage} on {task!r}; name another one"
+        )
+    config = bert.BertConfig.from_dict(config, str(path))
+    if type(max_tokens) is not int or not 1 <= max_tokens <= config.max_tokens:
+        raise InputError(f"{path}: max_tokens is {max_tokens!r}, for {config.max_tokens} positions; name another run")
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
         model = bert.BertClassifier(backbone, classifier) if stage == 1 else dact.DactBert(backbone, classifier)

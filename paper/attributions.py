@@ -143,7 +143,7 @@ def inputs_of(run, i):
 def words_of(run, i):
     """The tokens of dev example i, without the marks for a space before them."""
     tokens = [run.tokenizer.id_to_token(token) for token in run.dev.input_ids[i].tolist()]
-    return [token.lstrip("\u2581\u0120") or token for token in tokens]  # SentencePiece's mark, and byte-level BPE's
+    return [token.lstrip("\u2581\u0120") or "␣" for token in tokens]  # SentencePiece's mark, and byte-level BPE's
 
 
 def check_examples(run, examples):

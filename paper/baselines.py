@@ -12,6 +12,8 @@ Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
 
 import argparse
 import copy
+import hashlib
+import json
 import math
 import sys
 from dataclasses import replace
@@ -37,7 +39,8 @@ class Run(NamedTuple):
     """What a finished run left, and what it was made with."""
 
     folder: Path
-    args: argparse.Namespace  # the settings that metrics.json holds (train.METRICS_JSON), and data
+    kept: Path  # the folder in it for what is trained and measured beside the run
+    args: argparse.Namespace  # the settings that metrics.json holds, and data
     metrics: dict  # metrics.json
     stage1: bert.BertClassifier
     dact: dact.DactBert
@@ -61,10 +64,9 @@ def open_run(folder, data_folder=None):
     folder = Path(folder)
     if folder == Path("runs/toy") and not (folder / "metrics.json").exists():
         train.run(train.parse_arguments(["--resume"]))
-    metrics = train.read_metrics(folder)
-    settings = {name: metrics[name] for name, kind in train.METRICS_JSON.items() if kind is not dict}
-    args = argparse.Namespace(**settings, stage1=None, out=folder)
-    args.data = Path(data_folder or data.cache_dir() / "glue")
+    metrics = read_metrics(folder)
+    settings = {name: metrics[name] for name, kind in METRICS_JSON.items() if kind is not dict}
+    args = argparse.Namespace(**settings, out=folder, data=data_folder)
     device = train.pick_device()
     stage1, tokenizer, _, max_tokens = train.load_run(folder / "stage1.pt", 1, args.task)
     adaptive = train.load_run(folder / "dact.pt", 2, args.task)[0]
@@ -73,7 +75,40 @@ def open_run(folder, data_folder=None):
     for model in (stage1, adaptive):
         model.to(device).eval()
     precision = train.pick_precision(device, None)[0]
-    return Run(folder, args, metrics, stage1, adaptive, tokenizer, *splits, device, precision)
+    return Run(folder, kept_folder(folder), args, metrics, stage1, adaptive, tokenizer, *splits, device, precision)
+
+
+# The part of metrics.json that is relied on here
+METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
+                "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
+                "head_loss": (int, float), "precision": str, "full": dict, "dact": dict, "rules": dict,
+                "seconds": dict}  # fmt: skip
+
+
+def read_metrics(folder):
+    """The metrics.json of a finished run, checked as far as it is relied on. Raises data.InputError."""
+    path = Path(folder) / "metrics.json"
+    if not path.is_file():
+        raise data.InputError(f"{path}: no such file; name the folder of a finished run, or make one with train.py")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("no object")
+        for key, kind in METRICS_JSON.items():
+            if not isinstance(found[key], kind) or isinstance(found[key], bool):
+                raise TypeError(f"{key} is {str(found[key])[:40]!r}")
+        for part in (found["full"], *found["rules"].values()):
+            numbers = [part[name] for name in data.find_task(found["task"]).metrics]
+            if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
+                raise ValueError("a metric is no percentage")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise data.InputError(f"{path}: not the metrics of a run ({str(error)[:80]!r}); run train.py again") from None
+    return found
+
+
+def kept_folder(folder):
+    """runs/x/paper-1a2b3c4d: named after metrics.json, so that a run made anew in runs/x does not meet the old one's."""
+    return Path(folder) / f"paper-{hashlib.sha256((Path(folder) / 'metrics.json').read_bytes()).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,14 +170,17 @@ def patience_rule(logits, state, t):
     return count >= t, (label, count)
 
 
-def dev_logits(run, exits):
-    """What an `Exits` says after every block about every dev example: (N, examples, C)."""
-    said = torch.zeros(len(exits.classifiers), len(run.dev), len(run.labels))
-    for indices in data.evaluation_batches(run.dev.lengths, run.args.batch):
+@torch.no_grad()
+def over_dev(run, model):
+    """What a model says after every block about every dev example: a tensor (N, examples, ...) for each output."""
+    batches, said = data.evaluation_batches(run.dev.lengths, run.args.batch), []
+    for indices in batches:
         inputs = (x.to(run.device) for x in run.dev.batch(indices)[0])
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
-            said[:, indices] = exits(*inputs).float().cpu()
-    return said
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
+            outputs = model(*inputs)
+        said.append([x.float().cpu() for x in (outputs if isinstance(outputs, tuple) else (outputs,))])
+    back = torch.cat([torch.as_tensor(indices) for indices in batches]).argsort()
+    return [torch.cat(column, 1)[:, back] for column in zip(*said)]
 
 
 def simulate(logits, rule):
@@ -156,13 +194,33 @@ def simulate(logits, rule):
     return logits[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
 
 
-def setting(logits, rule, blocks, highest):
-    """The threshold from 0 to `highest` at which an entropy rule uses so many blocks on average, by bisection."""
-    low, high = 0.0, highest
+def halted(y, h, bias):
+    """Where DACT with all halting biases lowered by `bias` leaves by (4), and its answers, from y (N, n, C), h (N, n)."""
+    a, p = dact.accumulate_all(y, torch.sigmoid(torch.logit(h) - bias))
+    exit_block = torch.full_like(a[0, :, 0], len(y), dtype=torch.long)
+    for n in range(len(y) - 1, 0, -1):
+        left, right = dact.paper_rule(a[n - 1], p[n - 1], len(y) - n)
+        exit_block[left >= right] = n
+    return a[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
+
+
+def lowered(model, bias):
+    """A copy of a `DactBert` whose halting biases are lowered by `bias`: it stops earlier, and as safely."""
+    model = copy.deepcopy(model)
+    for halt in model.halts:
+        halt.bias.data -= bias
+    return model
+
+
+def setting(simulated, blocks, high):
+    """The x from 0 to `high` at which a system uses so many blocks on average, by bisection.
+
+    simulated: x -> (labels, exit_block); the more x, the fewer blocks.
+    """
+    low = 0.0
     for _ in range(40):
         middle = (low + high) / 2
-        used = simulate(logits, lambda *known, middle=middle: rule(*known, middle))[1].double().mean()
-        low, high = (middle, high) if used > blocks else (low, middle)
+        low, high = (middle, high) if simulated(middle)[1].double().mean() > blocks else (low, middle)
     return high
 
 
@@ -254,13 +312,17 @@ def fastbert(run, features=None):
 
 
 def ramps(run, features, loss, name):
-    """An `Exits` whose ramps alone are trained."""
+    """An `Exits` whose ramps alone are trained, and kept."""
     exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
-
-    def train_it():
-        fit(run, name, Ramps(exits), as_stage(loss), features or train_features(run))
-
-    return kept(run, name, exits, train_it)
+    # DIFFERS: the papers start all ramps but the last from nothing (FastBERT's are a self-attention each) at the rate of
+    # the backbone. Here every system has DACT's heads, DACT's start, from stage 1, and DACT's --head-lr for them.
+    kept(
+        run,
+        name,
+        exits.classifiers,
+        lambda: fit(run, name, Ramps(exits), as_stage(loss), features or train_features(run)),
+    )
+    return exits.eval()
 
 
 def train_features(run):
@@ -269,7 +331,8 @@ def train_features(run):
 
 
 def pabee(run):
-    """The run's PABEE: from stage 1's weights, backbone and ramps together."""
+    """The run's PABEE: backbone and ramps together."""
+    # DIFFERS: from stage 1's weights, as DACT, where the paper starts from the pretrained ones.
     exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
     return kept(run, "PABEE", exits, lambda: fit(run, "PABEE", exits, as_stage(pabee_loss), run.train))
 
@@ -287,13 +350,13 @@ def first_blocks(run, k):
 
 
 def fit(run, name, model, loss, dataset, **changes):
-    """`train.fit` in a folder of its own inside the run's; an interrupted one goes on where it was.
+    """`train.fit` in a folder of its own; an interrupted one goes on where it was.
 
     changes: settings that differ from the run's, such as head_lr.
     """
     args = argparse.Namespace(**(vars(run.args) | changes))
-    args.out = run.folder / name.lower()
-    args.out.mkdir(exist_ok=True)
+    args.out = run.kept / name.lower()
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "checkpoint.pt"
     checkpoint = bert.load_pickle(path) if path.exists() else None
     train.fit(name, model, loss, dataset, args, run.device, run.precision, checkpoint)
@@ -302,16 +365,16 @@ def fit(run, name, model, loss, dataset, **changes):
 
 def kept(run, name, model, train_it):
     """`model` with the weights of the run's <name>.pt; if there is none, `train_it()` trains it and they are kept."""
-    path = run.folder / f"{name.lower()}.pt"
+    path = run.kept / f"{name.lower()}.pt"
     if path.exists():
         saved = bert.load_pickle(path)
         try:
-            model.load_state_dict(saved["exits"])
+            model.load_state_dict(saved)
         except (RuntimeError, KeyError, TypeError, AttributeError):
             raise data.InputError(f"{path}: not of this run; delete it to train it again") from None
     else:
         train_it()
-        train.save(path, {"exits": model.state_dict()})
+        train.save(path, model.state_dict())
     return model.eval()
 
 
@@ -323,7 +386,8 @@ class EntropyDact(dact.DactBert):
     """DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w_n (H(y_n) - S_n)), H in nats.
 
     exits: a trained DeeBERT; its backbone and ramps are used and stay frozen. S_n is the learned threshold of block n,
-    DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT.
+    DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT. With a large w
+    the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT.
     """
 
     def __init__(self, exits, tied, threshold, weight=10.0):
@@ -342,23 +406,37 @@ class EntropyDact(dact.DactBert):
             logits = self.classifiers[n - 1](hidden[:, 0].float())
             return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
-    def forward(self, cls):
-        """Training, on cached vectors cls (B, N, D) -> y (N, B, C), h (N, B)."""
-        self.classifiers.eval()
-        said = [self.head(n, cls[:, n - 1 : n]) for n in range(1, cls.shape[1] + 1)]
-        return tuple(torch.stack(column) for column in zip(*said))
+    def forward(self, logits):
+        """Training, on what the frozen ramps said, logits (B, N, C) -> y (N, B, C), h (N, B)."""
+        H = entropy(logits)
+        h = [halt(H[:, n : n + 1]).squeeze(-1) for n, halt in enumerate(self.halts)]
+        return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
 
     def thresholds(self):
         """S_n = -bias / weight in nats, one for each block."""
         return [(-halt.bias / halt.weight).item() for halt in self.halts]
 
 
-def entropy_dact(run, exits, features, tied, threshold):
-    """The third stage of section 3.1: only the confidence functions are trained, by equation (3), from a start S."""
+def ramp_logits(exits, features):
+    """A dataset like `features`, of the frozen ramps' logits (B, N, C) in the place of what they read."""
+    said = copy.copy(features)
+    with torch.no_grad():
+        device = next(exits.parameters()).device
+        logits = [head(features.cls[:, n].to(device)).cpu() for n, head in enumerate(exits.classifiers)]
+    said.cls = torch.stack(logits, 1)
+    return said
+
+
+def entropy_dact(run, exits, said, tied, threshold):
+    """The third stage of section 3.1: only the confidence functions are trained, by equation (3), from a start S.
+
+    said: what `ramp_logits` gives of the training set.
+    """
     model = EntropyDact(exits, tied, threshold).to(run.device)
     name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
-    # CHOICE: 1e-2. The rate that suits the heads of 384 inputs and more leaves two numbers where they started.
-    fit(run, name, model, train.stage2_loss(run.args.tau), features, head_lr=1e-2)
+    # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
+    longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
+    kept(run, name, model.halts, lambda: fit(run, name, model, train.stage2_loss(run.args.tau), said, **longer))
     return model.eval()
 
 

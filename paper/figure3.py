@@ -45,10 +45,13 @@ def main(argv):
         run = baselines.open_run(folder, args.data)
         attributions.check_examples(run, args.examples)
         exits = baselines.deebert(run)
-        logits = baselines.dev_logits(run, exits)
-        depth = run.metrics["dact"]["mean_blocks"]
-        S = baselines.setting(logits, baselines.entropy_rule, depth, math.log(len(run.labels)))
-        labels, _ = baselines.simulate(logits, partial(baselines.entropy_rule, S=S))
+        (logits,) = baselines.over_dev(run, exits)
+
+        def deebert(S, logits=logits):
+            return baselines.simulate(logits, partial(baselines.entropy_rule, S=S))
+
+        S = baselines.setting(deebert, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
+        labels, _ = deebert(S)
         examples = args.examples or first_right(run, labels)
         rows = {i: [deebert_row(run, exits, S, i, args.steps), dact_row(run, i, args.steps)] for i in examples}
         text = page(run, rows).encode()

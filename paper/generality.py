@@ -23,10 +23,11 @@ def main(argv):
         run = baselines.open_run(folder, args.data)
         features = baselines.train_features(run)
         exits = baselines.deebert(run, features)
+        said = baselines.ramp_logits(exits, features)
         forms, learned = {}, {}
         for tied in (True, False):
             for start in STARTS:
-                model = baselines.entropy_dact(run, exits, features, tied, start)
+                model = baselines.entropy_dact(run, exits, said, tied, start)
                 name = f"{'tied' if tied else 'untied'}, from S = {start}"
                 learned[name] = model.thresholds()[: 1 if tied else None]
                 forms[f"DACT, {name}"] = model.early_exit

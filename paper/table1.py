@@ -3,10 +3,11 @@
     python paper/table1.py runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 runs/rte-0 ...
 
 The runs are finished ones of train.py; those that differ in nothing but their seed make one table. The other
-systems are trained from each run's stage 1 and kept in its folder, what was measured is kept in its table1.json, so that
-an interrupted table goes on. Leaves table1.md and table1.png in --out.
+systems are trained from each run's stage 1 and kept in its folder, and so is what was measured (table1.json): an
+interrupted table goes on. Leaves table1.md and table1.png in --out.
 
-A threshold is chosen by how much it saves on the dev set, never by what it answers there: no label is looked at.
+A threshold is chosen by how much it saves on the dev set, never by what it answers there: no label is looked at. DACT
+has such a knob too: a number added to all its halting biases after training (both rules stay safe, whatever h is).
 """
 
 import json
@@ -26,17 +27,29 @@ import train
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# The paper's Table 1, BERT-base: {task: {row: (metric, blocks saved)}} in percent
+# The paper's Table 1: {model: {task: {row: (metric, blocks saved)}}} in percent
 PAPER = {
-    "mrpc": {"base": (88.2, 0.0), "DeeBERT, S = 0.25": (87.3, 30.8), "DeeBERT, S = 0.50": (85.2, 49.1),
-             "DeeBERT, S = 0.75": (79.9, 91.7), "DACT, rule (4)": (85.4, 48.9)},
-    "qnli": {"base": (91.0, 0.0), "DeeBERT, S = 0.25": (89.1, 40.5), "DeeBERT, S = 0.50": (85.5, 58.2),
-             "DeeBERT, S = 0.75": (59.6, 91.7), "DACT, rule (4)": (87.5, 46.7)},
-    "rte": {"base": (69.9, 0.0), "DeeBERT, S = 0.25": (69.8, 5.3), "DeeBERT, S = 0.50": (68.1, 21.2),
-            "DeeBERT, S = 0.75": (52.0, 91.7), "DACT, rule (4)": (62.7, 50.0)},
+    "BERT-base": {
+        "mrpc": {"base": (88.2, 0.0), "DeeBERT, S = 0.25": (87.3, 30.8), "DeeBERT, S = 0.50": (85.2, 49.1),
+                 "DeeBERT, S = 0.75": (79.9, 91.7), "DACT, rule (4)": (85.4, 48.9)},
+        "qnli": {"base": (91.0, 0.0), "DeeBERT, S = 0.25": (89.1, 40.5), "DeeBERT, S = 0.50": (85.5, 58.2),
+                 "DeeBERT, S = 0.75": (59.6, 91.7), "DACT, rule (4)": (87.5, 46.7)},
+        "rte": {"base": (69.9, 0.0), "DeeBERT, S = 0.25": (69.8, 5.3), "DeeBERT, S = 0.50": (68.1, 21.2),
+                "DeeBERT, S = 0.75": (52.0, 91.7), "DACT, rule (4)": (62.7, 50.0)},
+    },
+    "RoBERTa-base": {
+        "mrpc": {"base": (90.4, 0.0), "DeeBERT, S = 0.25": (73.4, 0.0), "DeeBERT, S = 0.50": (73.4, 0.0),
+                 "DeeBERT, S = 0.75": (0.0, 91.7), "DACT, rule (4)": (88.9, 51.7)},
+        "qnli": {"base": (92.4, 0.0), "DeeBERT, S = 0.25": (90.2, 33.3), "DeeBERT, S = 0.50": (88.0, 42.8),
+                 "DeeBERT, S = 0.75": (59.5, 91.7), "DACT, rule (4)": (91.9, 44.1)},
+        "rte": {"base": (67.5, 0.0), "DeeBERT, S = 0.25": (66.9, 36.1), "DeeBERT, S = 0.50": (66.0, 39.6),
+                "DeeBERT, S = 0.75": (49.8, 91.7), "DACT, rule (4)": (54.5, 63.1)},
+    },
 }  # fmt: skip
-SETTINGS = ("epochs", "batch", "lr", "head_lr", "tau", "halt_bias", "head_loss")  # two runs of one table agree on them
-SYSTEMS = ("deebert", "fastbert", "pabee", "first")
+# Two runs of one table agree on them
+SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss", "precision")
+GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
+SYSTEMS = ("deebert", "fastbert", "pabee", "first", "half")
 
 
 def main(argv):
@@ -47,7 +60,12 @@ def main(argv):
     tables = defaultdict(list)
     for folder in args.runs:
         result = measured(folder, args.data, systems)
-        tables[result["task"], result["model"], result["settings"]].append(result)
+        table = tables[result["task"], result["model"], result["settings"]]
+        if result["seed"] in (other["seed"] for other in table):
+            raise data.InputError(
+                f"{folder}: a second run of seed {result['seed']} in one table; leave one of them out"
+            )
+        table.append(result)
     out = Path(args.out or args.runs[0])
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(*what, results) for what, results in tables.items())
@@ -62,19 +80,24 @@ def main(argv):
 
 
 def measured(folder, data_folder, systems):
-    """{"rows": {row: {metric: %, "saved": %, "seconds": s}}, "curves": {system: [[saved %, metric %]]}} of one run."""
-    path = Path(folder) / "table1.json"
+    """What there is to say of one run, from its table1.json if it holds the same systems.
+
+    {"rows": {row: {metric: %, "saved": %, "seconds": s}}, "curves": {system: [[saved %, metric %]]}, "chosen": {row: x}}
+    """
+    baselines.read_metrics(folder)
+    path = baselines.kept_folder(folder) / "table1.json"
     if path.exists():
         try:
             found = json.loads(path.read_text())
-            if found["systems"] == systems and found["task"] and found["model"] and found["settings"]:
+            if found["systems"] == systems:
                 return found
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
     run = baselines.open_run(folder, data_folder)
     result = {"systems": systems, "task": run.args.task, "model": Path(run.args.model).name, "seed": run.args.seed}
-    result["settings"] = ", ".join(f"{name.replace('_', ' ')} {getattr(run.args, name):g}" for name in SETTINGS)
+    result["settings"] = ", ".join(f"{name.replace('_', ' ')} {getattr(run.args, name)}" for name in SETTINGS)
     result |= measure(run, systems)
+    path.parent.mkdir(exist_ok=True)
     train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
 
@@ -87,52 +110,67 @@ def measure(run, systems):
         "DACT, rule (4)": run.dact.early_exit,
         "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
     }
-    curves, features = {}, None
-    if {"deebert", "fastbert"} & set(systems):
-        features = baselines.train_features(run)
+    curves, chosen = {}, {}
+
+    def turn(system, knob, form, simulated, high, **wanted):
+        """A system with a knob from 0 to `high`: its curve, and a row for each of `wanted`, {what for: mean blocks}."""
+        for goal, blocks in wanted.items():
+            row = f"{system}, {knob} for {GOALS[goal]}"
+            chosen[row] = baselines.setting(simulated, blocks, high)
+            forms[row] = form(chosen[row])
+        depths = torch.linspace(1, N, 4 * N - 3).tolist()
+        settings = [high, *(baselines.setting(simulated, blocks, high) for blocks in depths), 0.0]
+        curves[f"{system}, over {knob}"] = [point(run, *simulated(x)) for x in settings]
+
+    def by(exits, rule, knob):
+        """Two functions of a rule's knob: the exits' form under it, and what that would leave where."""
+        (logits,) = baselines.over_dev(run, exits)
+        return (
+            lambda x: partial(exits.early_exit, rule=partial(rule, **{knob: x})),
+            lambda x: baselines.simulate(logits, partial(rule, **{knob: x})),
+        )
+
+    said = baselines.over_dev(run, run.dact)
+    turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
+         partial(baselines.halted, *said), 40.0, half=N / 2)  # fmt: skip
+    features = baselines.train_features(run) if {"deebert", "fastbert"} & set(systems) else None
     if "deebert" in systems:
         exits, rule = baselines.deebert(run, features), baselines.entropy_rule
-        logits = baselines.dev_logits(run, exits)
-        choices = {f"S = {S:.2f}": S for S in (0.25, 0.5, 0.75)}
-        choices["S for half the blocks"] = baselines.setting(logits, rule, N / 2, math.log(logits.shape[-1]))
-        choices["S for DACT's depth"] = baselines.setting(logits, rule, depth, math.log(logits.shape[-1]))
-        for name, S in choices.items():
-            forms[f"DeeBERT, {name}"] = partial(exits.early_exit, rule=partial(rule, S=S))
-        grid = [math.log(logits.shape[-1]) * i / 50 for i in range(52)]
-        curves["DeeBERT, over S"] = curve(run, logits, [partial(rule, S=S) for S in grid])
+        for S in (0.25, 0.5, 0.75):
+            forms[f"DeeBERT, S = {S:.2f}"] = partial(exits.early_exit, rule=partial(rule, S=S))
+        highest = 1.001 * math.log(len(run.labels))
+        turn("DeeBERT", "S", *by(exits, rule, "S"), highest, half=N / 2, depth=depth)
     if "fastbert" in systems:
         exits, rule = baselines.fastbert(run, features), baselines.speed_rule
-        logits = baselines.dev_logits(run, exits)
-        speed = baselines.setting(logits, rule, depth, 1.0)
-        forms["FastBERT, speed for DACT's depth"] = partial(exits.early_exit, rule=partial(rule, speed=speed))
-        curves["FastBERT, over speed"] = curve(run, logits, [partial(rule, speed=i / 50) for i in range(52)])
+        turn("FastBERT", "speed", *by(exits, rule, "speed"), 1.001, half=N / 2, depth=depth)
     if "pabee" in systems:
-        exits, rule = baselines.pabee(run), baselines.patience_rule
-        logits = baselines.dev_logits(run, exits)
-        t = min(range(N), key=lambda t: abs(baselines.simulate(logits, partial(rule, t=t))[1].double().mean() - depth))
-        forms["PABEE, t nearest DACT's depth"] = partial(exits.early_exit, rule=partial(rule, t=t))
-        curves["PABEE, over t"] = curve(run, logits, [partial(rule, t=t) for t in range(N)])
-    if "first" in systems:
-        k = round(depth)
-        model = baselines.first_blocks(run, k)
-        forms["first k blocks, DACT's depth"] = lambda *inputs: train.all_blocks(model(*inputs), k)
-    said = train.answer(forms, run.dev, run.args.batch, run.device, run.precision)
+        form, simulated = by(baselines.pabee(run), baselines.patience_rule, "t")
+        used = [simulated(t)[1].double().mean() for t in range(N)]
+        for goal, blocks in {"half": N / 2, "depth": depth}.items():
+            row = f"PABEE, t nearest {GOALS[goal]}"
+            chosen[row] = min(range(N), key=lambda t, blocks=blocks: abs(used[t] - blocks))
+            forms[row] = form(chosen[row])
+        curves["PABEE, over t"] = [point(run, *simulated(t)) for t in range(N)]
+    for system, k in {"half": N // 2, "first": round(depth)}.items():
+        if system in systems:
+            model = baselines.first_blocks(run, k)
+            chosen[f"first k blocks, {system}"] = k
+            forms[f"first {k} blocks"] = lambda *inputs, model=model, k=k: train.all_blocks(model(*inputs), k)
+    answered = train.answer(forms, run.dev, run.args.batch, run.device, run.precision)
     rows = {}
-    for form, answers in said.items():
+    for form, answers in answered.items():
         rows[form] = train.scores(answers.labels, run.dev.labels, run.args.task)
         rows[form] |= {"saved": train.blocks_used(answers, N)["saved"], "seconds": answers.seconds}
+        rows[form]["time"] = 100 * answers.seconds / answered["base"].seconds
     majority = torch.full_like(run.dev.labels, run.train.labels.mode().values.item())
     rows["majority"] = train.scores(majority, run.dev.labels, run.args.task)
-    return {"rows": rows, "curves": curves}
+    return {"rows": rows, "curves": curves, "chosen": chosen}
 
 
-def curve(run, logits, rules):
-    """[[blocks saved %, first metric %]] of each rule on the dev set."""
-    metric, N, points = data.METRICS[data.TASKS[run.args.task].metrics[0]], len(logits), []
-    for rule in rules:
-        labels, exit_block = baselines.simulate(logits, rule)
-        points.append([100 * (1 - exit_block.double().mean().item() / N), metric(labels, run.dev.labels)])
-    return points
+def point(run, labels, exit_block):
+    """[blocks saved %, first metric %] of the answers on the dev set."""
+    metric, N = data.METRICS[data.TASKS[run.args.task].metrics[0]], len(run.dact.backbone.blocks)
+    return [100 * (1 - exit_block.double().mean().item() / N), metric(labels, run.dev.labels)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,59 +180,54 @@ def curve(run, logits, rules):
 def markdown(task, model, settings, results):
     """The table of runs that differ in their seed, as Markdown: mean ± standard deviation."""
     metrics = data.TASKS[task].metrics
+    kind = "RoBERTa-base" if "roberta" in model.lower() else "BERT-base"
     seeds = ", ".join(str(result["seed"]) for result in results)
-    lines = [f"**{task.upper() if task != 'toy' else task}, {model}**, seed(s) {seeds}; {settings}", ""]
-    lines.append("| | " + " | ".join(metrics) + " | blocks saved | seconds | in the paper (BERT-base) |")
+    seconds = ", ".join(f"{result['rows']['base']['seconds']:.1f}" for result in results)
+    lines = [f"**{task.upper() if task != 'toy' else task}, {model}**, seed(s) {seeds}; {settings}; base: {seconds} s"]
+    lines += ["", f"| | {' | '.join(metrics)} | blocks saved | time, of base | in the paper ({kind}) |"]
     lines.append("| --- |" + " ---: |" * (len(metrics) + 3))
-    order = [
-        "majority",
-        "base",
-        *(row for row in results[0]["rows"] if not row.startswith(("majority", "base", "DACT"))),
-    ]
-    for row in [*order, "DACT, rule (4)", "DACT, exact rule"]:
+    first, last = ["majority", "base"], ["DACT, rule (4)", "DACT, exact rule"]
+    rows = dict.fromkeys(row for result in results for row in result["rows"])  # of all: k may differ between seeds
+    for row in [*first, *(row for row in rows if row not in first + last), *last]:
         cells = []
-        for key in (*metrics, "saved", "seconds"):
-            values = [result["rows"][row][key] for result in results if key in result["rows"][row]]
-            cells.append(mean_and_deviation(values, "" if key == "seconds" else " %"))
-        paper = PAPER.get(task, {}).get(row)
+        for key in (*metrics, "saved", "time"):
+            values = [result["rows"][row][key] for result in results if key in result["rows"].get(row, ())]
+            cells.append(mean_and_deviation(values, len(results)))
+        paper = PAPER[kind].get(task, {}).get(row)
         lines.append(f"| {row} | {' | '.join(cells)} | {f'{paper[0]} %, {paper[1]} %' if paper else ''} |")
     return "\n".join(lines) + "\n"
 
 
-def mean_and_deviation(values, unit):
-    """ "88.2 ± 0.4 %"; the deviation is the sample's, and left out for a single value."""
+def mean_and_deviation(values, results):
+    """ "88.2 ± 0.4 %"; the deviation is the sample's, and left out for a single value. It says if a seed is missing."""
     if not values:
         return ""
     values = torch.tensor(values, dtype=torch.float64)
     deviation = f" ± {values.std().item():.1f}" if len(values) > 1 else ""
-    return f"{values.mean().item():.1f}{deviation}{unit}"
+    return f"{values.mean().item():.1f}{deviation} %" + f" ({len(values)} of {results})" * (len(values) < results)
 
 
-COLOURS = {"DeeBERT, over S": "#D55E00", "FastBERT, over speed": "#009E73", "PABEE, over t": "#CC79A7"}
-MARKS = {"base": ("k", "s"), "DACT, rule (4)": ("#0072B2", "o"), "DACT, exact rule": ("#0072B2", "*"),
-         "first k blocks, DACT's depth": ("#E69F00", "^")}  # fmt: skip
+COLOURS = {"DACT": "#0072B2", "DeeBERT": "#D55E00", "FastBERT": "#009E73", "PABEE": "#CC79A7", "first": "#E69F00"}
+MARKS = {"base": ("k", "s"), "DACT, rule (4)": (COLOURS["DACT"], "o"), "DACT, exact rule": (COLOURS["DACT"], "*")}
 
 
 def draw(tables, path):
     """Metric against blocks saved, one panel for each table: a line for each system and seed."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(1 + 4.5 * len(tables), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(tables), figsize=(1 + 4.5 * len(tables), 4.2), squeeze=False)
     for axis, ((task, model, _), results) in zip(axes[0], tables.items()):
         metric = data.TASKS[task].metrics[0]
-        for i, result in enumerate(results):
+        for result in results:
             for name, points in result["curves"].items():
-                saved, scores = zip(*sorted(points))
-                label = name if i == 0 else None
-                axis.plot(saved, scores, color=COLOURS[name], alpha=0.7, linewidth=1, label=label)
-            for row, (colour, marker) in MARKS.items():
-                if row in result["rows"]:
-                    point = result["rows"][row]
-                    label = row if i == 0 else None
-                    axis.plot(
-                        point["saved"], point[metric], marker, color=colour, markersize=8, label=label, linestyle=""
-                    )
+                colour = COLOURS[name.split(",")[0]]
+                axis.plot(*zip(*points), ".-", color=colour, alpha=0.6, linewidth=1, markersize=3, label=name)
+            for row, found in result["rows"].items():
+                if row in MARKS or row.startswith("first"):
+                    colour, mark = MARKS.get(row, (COLOURS["first"], "^"))
+                    axis.plot(found["saved"], found[metric], mark, color=colour, markersize=8, label=row)
         axis.axhline(results[0]["rows"]["majority"][metric], color="grey", linestyle=":", label="majority class")
         axis.set(title=f"{task}, {model}", xlabel="blocks saved (%)", ylabel=f"{metric} (%)")
-        axis.legend(fontsize=8)
+        lines = dict(zip(*reversed(axis.get_legend_handles_labels())))  # one entry for all seeds
+        axis.legend(lines.values(), lines.keys(), fontsize=8)
     figure.tight_layout()
     baselines.save_figure(figure, path, dpi=110)
 

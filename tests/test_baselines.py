@@ -7,13 +7,13 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes import google_arrays, short_toy_run, small_toy_task, write_glue, write_google
 
 import bert
-import dact
 import data
 import train
 
@@ -136,7 +136,7 @@ def test_first_blocks_are_those_of_the_pretrained_model(tmp_path):
     assert train.main([str(word) for word in argv]) == 0
     run = baselines.open_run(tmp_path / "run", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: (run.folder / "first-1" / "checkpoint.pt").write_text(""))
+        patch.setattr(train, "fit", lambda *args: (run.kept / "first-1" / "checkpoint.pt").write_text(""))
         cut = baselines.first_blocks(run, 1)
     pretrained, _ = bert.load_pretrained(model, 2)
     assert len(cut.bert.blocks) == 1 and cut.bert.config.num_hidden_layers == 1
@@ -147,7 +147,7 @@ def test_an_interrupted_system_goes_on(run, monkeypatch, capsys):
     """16 steps an epoch, stopped in the second epoch of two."""
     run.args.epochs = 2
     whole, progress = weights(baselines.pabee(run)), train.progress
-    (run.folder / "pabee.pt").unlink()
+    (run.kept / "pabee.pt").unlink()
 
     def stop(stage, step, *rest):
         if step > 20:
@@ -160,10 +160,17 @@ def test_an_interrupted_system_goes_on(run, monkeypatch, capsys):
     assert same(whole, weights(baselines.pabee(run))) and "resumed" in capsys.readouterr().out
 
 
-def test_a_file_of_another_run_is_refused(run):
-    torch.save({"exits": {}}, run.folder / "deebert.pt")
+def test_what_is_kept_belongs_to_one_run(run):
+    """A run that is made anew in the same folder meets nothing of the old one's; what fits no model is refused."""
+    first = weights(baselines.deebert(run).classifiers)
+    assert [file.name for file in run.kept.glob("*.pt")] == ["deebert.pt"]
+    metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1}
+    (run.folder / "metrics.json").write_text(json.dumps(metrics))
+    again = baselines.open_run(run.folder)
+    assert again.kept != run.kept and not same(first, weights(baselines.deebert(again).classifiers))
+    torch.save({}, again.kept / "deebert.pt")
     with pytest.raises(data.InputError, match="delete it to train it again"):
-        baselines.deebert(run)
+        baselines.deebert(again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def test_s_0_runs_all_blocks_and_s_above_ln_c_runs_one(run):
 def test_batched_exit_is_the_exit_of_each_alone(run, rule):
     """Worked out from the logits of all blocks, one example at a time, against the batches that shrink."""
     exits, answers = exits_of(run, rule)
-    logits = baselines.dev_logits(run, exits)
+    (logits,) = baselines.over_dev(run, exits)
     labels, exit_block = baselines.simulate(logits, rule)
     assert torch.equal(exit_block, answers.exit_block) and torch.equal(labels, answers.labels)
     assert len(exit_block.unique()) > 2
@@ -222,8 +229,61 @@ def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
     torch.testing.assert_close(h_n, torch.sigmoid(8 * (H - 0.25)), atol=1e-5, rtol=1e-5)
     before = weights(exits)
     features = baselines.Features(run.stage1.bert, run.dev, run.device, "float32")
-    model = baselines.entropy_dact(run, exits, features, False, 0.25)
+    said = baselines.ramp_logits(exits, features)
+    (logits,) = baselines.over_dev(run, exits)
+    torch.testing.assert_close(said.cls.transpose(0, 1), logits, atol=1e-5, rtol=1e-5)
+    model = baselines.entropy_dact(run, exits, said, False, 0.25)
     assert same(before, weights(exits)) and model.thresholds() != pytest.approx([0.25] * 6, abs=1e-4)
+
+
+@pytest.mark.parametrize("S", [0.2, 0.4, 0.6])
+def test_deebert_is_a_case_of_dact(run, S):
+    """Section 3.1: with a steep confidence function DACT leaves where DeeBERT leaves, with the same answer."""
+    exits, deebert = exits_of(run, partial(baselines.entropy_rule, S=S))
+    model = baselines.EntropyDact(exits, True, S, weight=1e4)
+    adaptive = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
+    assert len(deebert.exit_block.unique()) > 2
+    assert torch.equal(adaptive.exit_block, deebert.exit_block) and torch.equal(adaptive.labels, deebert.labels)
+
+
+def test_section_3_1_learns_when_to_stop():
+    """Half of the examples leave block 1 unsure, with H = 0.663 nats. If the blocks after it are wrong, its threshold
+    rises above that, so that these stop as well; if they are right, it does not.
+    """
+    torch.manual_seed(0)
+    sure = torch.rand(256, 1) < 0.5
+    first = torch.where(sure, torch.tensor([4.0, 0.0]), torch.tensor([0.5, 0.0]))
+    labels, learned = torch.zeros(256, dtype=torch.long), []
+    for later in ([-4.0, 0.0], [4.0, 0.0]):
+        logits = torch.stack([first, *[torch.tensor([later]).expand(256, 2)] * 2], 1)
+        exits = baselines.Exits(SimpleNamespace(blocks=range(3), hidden_size=1), torch.nn.Linear(1, 2))
+        model = baselines.EntropyDact(exits, False, 0.5)
+        optimizer = torch.optim.Adam(model.halts.parameters(), 0.05)
+        for _ in range(100):
+            optimizer.zero_grad()
+            train.stage2_loss(5e-3)(model, (logits,), labels)[0].backward()
+            optimizer.step()
+        learned.append(model.thresholds()[0])
+    assert learned[0] > 0.663 and learned[1] < 0.6
+
+
+def test_lowered_biases_and_what_is_simulated(run):
+    """DACT with lowered biases leaves where `halted` says, the earlier the lower, and `setting` finds the bias."""
+    said = baselines.over_dev(run, run.dact)
+    means = []
+    for bias in (0.0, 1.5, 4.0):
+        model = baselines.lowered(run.dact, bias)
+        labels, exit_block = baselines.halted(*said, bias)
+        answers = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
+        assert torch.equal(answers.labels, labels)
+        assert (answers.exit_block == exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
+        means.append(exit_block.double().mean().item())
+    assert means == sorted(means, reverse=True) and means[2] < means[0]
+    simulated = partial(baselines.halted, *said)
+    for blocks in (means[1], 3.0):
+        bias = baselines.setting(simulated, blocks, 40.0)
+        more, less = (simulated(x)[1].double().mean().item() for x in (bias - 1e-3, bias + 1e-3))
+        assert less <= blocks <= more
 
 
 def test_scripts_run_on_the_toy_task(run, capsys):
@@ -231,12 +291,14 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     assert "untied, from S = 0.5" in capsys.readouterr().out
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
     table = (run.folder / "table1.md").read_text()
-    assert table.count("\n| ") == 14 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
-    result = json.loads((run.folder / "table1.json").read_text())
-    metrics = train.read_metrics(run.folder)
+    assert table.count("\n| ") == 18 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
+    result = json.loads((run.kept / "table1.json").read_text())
+    metrics = baselines.read_metrics(run.folder)
     assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
     assert result["rows"]["DACT, rule (4)"]["saved"] == metrics["rules"]["paper"]["saved"]
     assert result["rows"]["DeeBERT, S = 0.75"]["saved"] == pytest.approx(100 * 5 / 6)
+    assert result["rows"]["DeeBERT, S for half the blocks"]["saved"] == pytest.approx(50, abs=5)
+    assert all(len(points) >= 6 and points[0][0] >= points[-1][0] for points in result["curves"].values())
     capsys.readouterr()
     (run.folder / "dact.pt").unlink()  # what was measured is not measured again
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
@@ -245,13 +307,27 @@ def test_scripts_run_on_the_toy_task(run, capsys):
 
 def test_a_table_over_seeds():
     results = [
-        {"seed": seed, "curves": {}, "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1.0}
+        {"seed": seed, "curves": {}, "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1, "time": 100}
          for row, value in (("majority", 50), ("base", 60 + seed), ("DACT, rule (4)", 60), ("DACT, exact rule", 61))}}
         for seed in (0, 1, 2)
     ]  # fmt: skip
     text = table1.markdown("rte", "m", "tau 0.005", results)
     assert "seed(s) 0, 1, 2; tau 0.005" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
     assert "| 62.7 %, 50.0 % |" in text  # the paper's DACT on RTE
+    assert "| 54.5 %, 63.1 % |" in table1.markdown("rte", "my-roberta", "tau 0.005", results)
+    results[1]["rows"]["first 6 blocks"] = {"accuracy": 55, "saved": 50, "time": 50}
+    assert "| first 6 blocks | 55.0 % (1 of 3) |" in table1.markdown("rte", "m", "tau 0.005", results)
+
+
+def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys):
+    shutil.copytree(run.folder, tmp_path / "other")
+    metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "tau": 0.5}
+    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
+    argv = [str(run.folder), str(tmp_path / "other"), "--without", *table1.SYSTEMS]
+    assert baselines.command(lambda _: table1.main(argv)) == 0
+    assert capsys.readouterr().out.count("**toy") == 2
+    assert baselines.command(lambda _: table1.main([str(run.folder), *argv])) == 2
+    assert "a second run of seed 0" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
@@ -259,19 +335,3 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
         assert baselines.command(lambda _, script=script: script.main([str(tmp_path)])) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "metrics.json" in error and error.count("\n") == 1
-
-
-def test_dact_and_baselines_leave_by_the_same_function(run):
-    """DACT's rule written as a step of the common loop gives DACT's exits."""
-    N = 6
-
-    def step(n, hidden, state):
-        y, h = run.dact.head(n, hidden)
-        a, p = dact.accumulate(y, h, *(state or dact.start(y)))
-        left, right = dact.exact_rule(a, p, N - n)
-        return a, left >= right, (a, p)
-
-    inputs, _ = run.dev.batch(data.evaluation_batches(run.dev.lengths, 30)[0])
-    ours = dact.early_exit(run.dact.backbone, inputs, step)
-    theirs = run.dact.early_exit(*inputs, rule=dact.exact_rule)
-    assert torch.equal(ours.exit_block, theirs.exit_block) and torch.equal(ours.a, theirs.a)

@@ -85,10 +85,27 @@ def test_early_exit_answered_as_all_blocks(toy_run):
 def test_the_control_halts_as_it_was_started(toy_run):
     """N = 6, bias 8: p_2 = sigmoid(4.67) sigmoid(1.33) = 0.78, p_3 = 0.78 sigmoid(-2) = 0.093.
 
-    By (4) no answer halts at n = 2, since 1 (1 - 0.78)^4 = 0.002 < 0.78 * 4. So block 3 is the first that can.
+    By (4) no answer halts at n = 2, since 1 (1 - 0.78)^4 = 0.002 < 0.78 * 4. So block 3 is the first that can. The
+    model itself is made to stop everything after block 1.
     """
-    control = json.loads((toy_run / "metrics.json").read_text())["control"]
-    assert control["exit_histogram"][:2] == [0, 0] and control["mean_blocks"] >= 3
+    stage1, tokenizer, _, max_tokens = train.load_run(toy_run / "stage1.pt", 1, "toy")
+    adaptive = train.load_run(toy_run / "dact.pt", 2, "toy")[0]
+    for halt in adaptive.halts:
+        torch.nn.init.zeros_(halt.weight)
+        torch.nn.init.constant_(halt.bias, -20.0)
+    dev = data.Dataset(data.toy_examples(50, seed=2), tokenizer, max_tokens, 0)
+    args = train.parse_arguments([])
+    results = train.evaluate(stage1, adaptive, dev, args, torch.device("cpu"), "float32")
+    assert results["paper"].exit_block.unique().tolist() == [1]
+    assert results["control"].exit_block.min() >= 3
+
+
+def test_learning_rate_rises_and_falls():
+    """Of 100 steps 10 warm up: 0.1, 0.2, ... 1, then down to 1/91 of the peak at the last."""
+    shares = [train.warm_up_and_decay(step, 100) for step in range(1, 101)]
+    assert shares[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert shares[10] == pytest.approx(90 / 91) and shares[-1] == pytest.approx(1 / 91)
+    assert train.warm_up_and_decay(1, 1) == 1
 
 
 def test_stage_2_from_a_file_is_stage_2_of_the_run(toy_run, tmp_path):
@@ -374,6 +391,12 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     assert "a run on 'toy'" in fails(capsys, "--task", "rte", "--out", toy_run, "--explain", "x", "y")
     assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
     assert "stage 2 of a run" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
+    saved = torch.load(toy_run / "dact.pt")
+    for broken in ({"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}, {"config": {}}, {"state": {}}):
+        torch.save(saved | broken, tmp_path / "dact.pt")
+        assert "dact.pt: " in fails(capsys, "--out", tmp_path, "--explain", "x")
+    torch.save({name: saved[name] for name in saved.keys() - {"config"}}, tmp_path / "dact.pt")
+    assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "no such file" in fails(capsys, "--stage1", tmp_path / "stage1.pt", "--out", tmp_path / "new")
     assert "no such file" in fails(capsys, "--stage1", "", "--out", tmp_path / "new")  # an unset shell variable
     damaged = bytearray((toy_run / "dact.pt").read_bytes())
