@@ -83,27 +83,28 @@ def draw(run, i, h, answer, found, path):
     """Heat map of blocks x tokens above that of the answer; conductance by block on the right."""
     halting, output, conductance = found
     N, words, n = len(h), attributions.words_of(run, i), len(conductance.parts)
-    width, height = max(4.0, 0.24 * len(words)), 0.3 * N
-    figure = Figure(figsize=(width + 6, height + 3.4), layout="constrained")
+    width, height = max(4.0, 0.2 * len(words)), 0.3 * N
+    figure = Figure(figsize=(width + 4.5, height + 3.4), layout="constrained")
     axes = figure.subplots(2, 2, width_ratios=[width + 1, 2.2], height_ratios=[N, 1])
     figure.suptitle(f"{run.args.task}, dev example {i}, label {run.labels[run.dev.labels[i]]!r}. DACT-BERT: {answer}")
     top = heat_map(axes[0, 0], torch.stack([a.parts for a in halting]).cpu())
     names = [f"block {k}, h = {h_k:.2f}" + (" ◀ exit" if k == n else "") for k, h_k in enumerate(h, start=1)]
-    axes[0, 0].set_yticks(range(N), names, size=9)
+    axes[0, 0].set_yticks(range(N), names, size=11)
     axes[0, 0].set_xticks([])
     axes[0, 0].axhline(n - 0.5, color="black", linewidth=1.5)  # no block below it was run
-    axes[0, 0].set_title("halting value before the sigmoid, by token (+ goes on, − halts)", size=10)
+    axes[0, 0].set_title("halting value before the sigmoid, by token (+ goes on, − halts)", size=12)
     bottom = heat_map(axes[1, 0], output.parts[None].cpu())
-    axes[1, 0].set_yticks([0], ["answer, log-odds"], size=9)
-    axes[1, 0].set_xticks(range(len(words)), words, rotation=90, size=9, parse_math=False)
+    axes[1, 0].set_yticks([0], ["answer, log-odds"], size=11)
+    axes[1, 0].set_xticks(range(len(words)), words, rotation=90, size=11, parse_math=False)
     figure.colorbar(top, ax=axes[0, 0], label="logit of h", aspect=30, pad=0.01)
-    figure.colorbar(bottom, ax=axes[1, 0], label="nats", aspect=5, pad=0.01)
+    ends = [bottom.norm.vmin, bottom.norm.vmax]
+    figure.colorbar(bottom, ax=axes[1, 0], label="nats", aspect=5, pad=0.01, ticks=ends, format="%.2f")
     bars(axes[0, 1], [layer.sum().item() for layer in conductance.parts], N)
     axes[1, 1].axis("off")
     notes = [f"{name}: {attributions.described(run, of)}" for name, of in
              (("halting", halting), ("answer", [output]), ("conductance", [conductance]))]  # fmt: skip
-    figure.supxlabel("\n".join(notes), size=8, parse_math=False)
-    baselines.save_figure(figure, path, dpi=130)
+    figure.supxlabel("\n".join(notes), size=9, parse_math=False)
+    baselines.save_figure(figure, path, dpi=110)
 
 
 def heat_map(axis, values):
@@ -122,8 +123,8 @@ def bars(axis, nats, N):
     axis.axvline(0, color="black", linewidth=0.8)
     axis.axhline(len(nats) - 0.5, color="black", linewidth=1.5)
     axis.set(ylim=(N - 0.5, -0.5), yticks=[])
-    axis.set_title("conductance by block", size=10)
-    axis.set_xlabel(f"share of log p_{len(nats)} (nats)", size=9)
+    axis.set_title("conductance by block", size=12)
+    axis.set_xlabel(f"share of log p_{len(nats)} (nats)", size=11)
 
 
 if __name__ == "__main__":

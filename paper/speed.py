@@ -116,9 +116,13 @@ def timed(forms, repetitions):
     return {name: taken[1:] for name, taken in seconds.items()}
 
 
-def ratio(first, second):
-    """Median of first / second over repetitions: what slows one repetition down slows both of its sides."""
-    return statistics.median(x / y for x, y in zip(first, second))
+def compared(what, first, second, goal, detail):
+    """The `Row` of first / second: the median of the repetitions' ratios, and behind the detail the least and greatest.
+
+    What slows one repetition down slows both of its sides, so this is steadier than the ratio of two medians.
+    """
+    ratios = [x / y for x, y in zip(first, second)]
+    return Row(what, statistics.median(ratios), goal, f"{detail}; {min(ratios):.2f} to {max(ratios):.2f}")
 
 
 def medians(*times):
@@ -173,14 +177,14 @@ def exit_rows(run, found, batch):
         return " against ".join(f"{examples / statistics.median(x):.4g}" for x in times) + " examples/s"
 
     return [
-        Row(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", ratio(early, ideal), ("<=", 1 / 0.9),
-            f"{medians(early, full)}, {100 * (1 - used):.1f} % of blocks saved"),
-        Row(f"{name}: early exit at batch 1 / full depth", ratio(alone, full_alone), ("<=", 1.0),
-            medians(alone, full_alone)),
-        Row(f"{name}: examples/s at batch {batch} / one at a time, same exit", ratio(alone, early), (">=", 3.0),
-            rates(early, alone)),
-        Row(f"   / one at a time padded to {stock_width(run)} tokens, as others evaluate", ratio(padded, early),
-            (">=", 3.0), rates(early, padded)),
+        compared(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", early, ideal, ("<=", 1 / 0.9),
+                 f"{medians(early, ideal)}, {100 * (1 - used):.1f} % of blocks saved"),
+        compared(f"{name}: early exit at batch 1 / full depth", alone, full_alone, ("<=", 1.0),
+                 medians(alone, full_alone)),
+        compared(f"{name}: examples/s at batch {batch} / one at a time, same exit", alone, early, (">=", 3.0),
+                 rates(early, alone)),
+        compared(f"   / one at a time padded to {stock_width(run)} tokens, as others evaluate", padded, early,
+                 (">=", 3.0), rates(early, padded)),
     ]  # fmt: skip
 
 
@@ -281,7 +285,8 @@ def step_rows(config, device, precision, repetitions):
     if "theirs" not in seconds:
         rows = [Row(what, math.nan, goal, "not run: transformers is not installed")]
     else:
-        rows = [Row(what, ratio(seconds["ours"], seconds["theirs"]), goal, medians(seconds["ours"], seconds["theirs"]))]
+        sides = seconds["ours"], seconds["theirs"]
+        rows = [compared(what, *sides, goal, medians(*sides))]
     rate = training_flops(config, B, T) / statistics.median(seconds["ours"])
     wanted = 0.4 if device.type == "cuda" else 0.65
     detail = f"{rate / 1e9:.1f} of {max(peaks) / 1e9:.1f} GFLOP/s, the best between the steps"
@@ -327,9 +332,9 @@ def epoch_rows(config, dataset, batch, device, precision, repetitions):
     }
     shape = f"{config.num_hidden_layers} x {config.hidden_size}, mean length {lengths.mean():.1f}"
     return [
-        Row(padded, ratio(epoch["padded"], epoch["ours"]), (">=", 5.0),
-            f"{medians(epoch['padded'], epoch['ours'])}, {shape}"),
-        Row(dynamic, ratio(epoch["dynamic"], epoch["ours"]), (">=", 1.2), medians(epoch["dynamic"], epoch["ours"])),
+        compared(padded, epoch["padded"], epoch["ours"], (">=", 5.0),
+                 f"{medians(epoch['padded'], epoch['ours'])}, {shape}"),
+        compared(dynamic, epoch["dynamic"], epoch["ours"], (">=", 1.2), medians(epoch["dynamic"], epoch["ours"])),
     ]  # fmt: skip
 
 
