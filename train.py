@@ -98,7 +98,7 @@ def parse_arguments(argv):
         help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
     add("--head-loss", type=number(float, 0, 1e3), default=0.0,
         help="weight of every head's own loss in stage 2, beside (3) (default: 0, the paper's)")  # fmt: skip
-    add("--rule", choices=dact.RULES, default="paper", 
+    add("--rule", choices=dact.RULES, default="paper",
         help="halting rule that answers: (4), or our exact one (default: paper)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")

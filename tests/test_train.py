@@ -417,6 +417,17 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
+def test_resume_wins_over_overwrite(tmp_path):
+    """For the advice after Ctrl-C is "the same command with --resume", and that command may have held --overwrite."""
+    args = train.parse_arguments(["--out", str(tmp_path), "--overwrite", "--resume"])
+    train.clear_folder(args, "float32")
+    checkpoint = {"stage": "stage 1", "step": 64, "seconds": 1.0, "before": 0.0, "log_bytes": 10}
+    train.save(tmp_path / "checkpoint.pt", checkpoint)
+    assert train.find_checkpoint(args, "float32") == checkpoint
+    args.resume = False
+    assert train.find_checkpoint(args, "float32") is None
+
+
 def test_an_output_folder_that_cannot_be(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     fails(capsys, "--epochs", "0.01", "--out", tmp_path / "file" / "run")
