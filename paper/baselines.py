@@ -302,7 +302,7 @@ class Ramps(nn.Module):
 
 
 def deebert(run, features=None):
-    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. features: `train_features`, if they are at hand."""
+    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. features: a function that gives `train_features`."""
     return ramps(run, features, deebert_loss, "DeeBERT")
 
 
@@ -316,12 +316,11 @@ def ramps(run, features, loss, name):
     exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
     # DIFFERS: the papers start all ramps but the last from nothing (FastBERT's are a self-attention each) at the rate of
     # the backbone. Here every system has DACT's heads, DACT's start, from stage 1, and DACT's --head-lr for them.
-    kept(
-        run,
-        name,
-        exits.classifiers,
-        lambda: fit(run, name, Ramps(exits), as_stage(loss), features or train_features(run)),
-    )
+
+    def train_them():
+        fit(run, name, Ramps(exits), as_stage(loss), features() if features else train_features(run))
+
+    kept(run, name, exits.classifiers, train_them)
     return exits.eval()
 
 

@@ -22,7 +22,7 @@ def main(argv):
     for folder in args.runs:
         run = baselines.open_run(folder, args.data)
         features = baselines.train_features(run)
-        exits = baselines.deebert(run, features)
+        exits = baselines.deebert(run, lambda features=features: features)
         said = baselines.ramp_logits(exits, features)
         forms, learned = {}, {}
         for tied in (True, False):

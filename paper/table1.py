@@ -13,7 +13,7 @@ has such a knob too: a number added to all its halting biases after training (bo
 import json
 import math
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import baselines
@@ -133,7 +133,7 @@ def measure(run, systems):
     said = baselines.over_dev(run, run.dact)
     turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
          partial(baselines.halted, *said), 40.0, half=N / 2)  # fmt: skip
-    features = baselines.train_features(run) if {"deebert", "fastbert"} & set(systems) else None
+    features = cache(partial(baselines.train_features, run))  # computed once, and only if ramps have to be trained
     if "deebert" in systems:
         exits, rule = baselines.deebert(run, features), baselines.entropy_rule
         for S in (0.25, 0.5, 0.75):
