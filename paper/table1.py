@@ -80,7 +80,7 @@ def main(argv):
 
 
 def measured(folder, data_folder, systems):
-    """What there is to say of one run, from its table1.json if it holds the same systems.
+    """What there is to say of one run, from its table1.json if that holds these systems (it may hold more).
 
     {"rows": {row: {metric: %, "saved": %, "seconds": s}}, "curves": {system: [[saved %, metric %]]}, "chosen": {row: x}}
     """
@@ -89,7 +89,7 @@ def measured(folder, data_folder, systems):
     if path.exists():
         try:
             found = json.loads(path.read_text())
-            if found["systems"] == systems:
+            if set(systems) <= set(found["systems"]):
                 return found
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
