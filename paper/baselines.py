@@ -429,13 +429,13 @@ def ramp_logits(exits, features):
 def entropy_dact(run, exits, said, tied, threshold):
     """The third stage of section 3.1: only the confidence functions are trained, by equation (3), from a start S.
 
-    said: what `ramp_logits` gives of the training set.
+    said: a function that gives the `ramp_logits` of the training set.
     """
     model = EntropyDact(exits, tied, threshold).to(run.device)
     name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
     # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
     longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
-    kept(run, name, model.halts, lambda: fit(run, name, model, train.stage2_loss(run.args.tau), said, **longer))
+    kept(run, name, model.halts, lambda: fit(run, name, model, train.stage2_loss(run.args.tau), said(), **longer))
     return model.eval()
 
 

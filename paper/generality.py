@@ -8,7 +8,7 @@ untied, each block has its own. Each is trained from a low and from a high S, to
 Beside them stands DeeBERT itself with the learned tied S for its threshold.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import baselines
 
@@ -21,22 +21,25 @@ def main(argv):
     args = baselines.arguments(__doc__).parse_args(argv)
     for folder in args.runs:
         run = baselines.open_run(folder, args.data)
-        features = baselines.train_features(run)
-        exits = baselines.deebert(run, lambda features=features: features)
-        said = baselines.ramp_logits(exits, features)
-        forms, learned = {}, {}
-        for tied in (True, False):
-            for start in STARTS:
-                model = baselines.entropy_dact(run, exits, said, tied, start)
-                name = f"{'tied' if tied else 'untied'}, from S = {start}"
-                learned[name] = model.thresholds()[: 1 if tied else None]
-                forms[f"DACT, {name}"] = model.early_exit
-                if tied:
-                    S = learned[name][0]
-                    forms[f"DeeBERT, S = {S:.3f}"] = partial(
-                        exits.early_exit, rule=partial(baselines.entropy_rule, S=S)
-                    )
-        report(run, forms, learned)
+        report(run, *learn(run))
+
+
+def learn(run):
+    """({form: inputs -> Halted} to be measured, {name: thresholds in nats}), each trained unless the run holds it."""
+    features = cache(partial(baselines.train_features, run))  # computed once, and only if something has to be trained
+    exits = baselines.deebert(run, features)
+    said = cache(lambda: baselines.ramp_logits(exits, features()))
+    forms, learned = {}, {}
+    for tied in (True, False):
+        for start in STARTS:
+            model = baselines.entropy_dact(run, exits, said, tied, start)
+            name = f"{'tied' if tied else 'untied'}, from S = {start}"
+            learned[name] = model.thresholds()[: 1 if tied else None]
+            forms[f"DACT, {name}"] = model.early_exit
+            if tied:
+                S = learned[name][0]
+                forms[f"DeeBERT, S = {S:.3f}"] = partial(exits.early_exit, rule=partial(baselines.entropy_rule, S=S))
+    return forms, learned
 
 
 def report(run, forms, learned):

@@ -47,7 +47,7 @@ PAPER = {
     },
 }  # fmt: skip
 # Two runs of one table agree on them
-SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss", "precision")
+SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss")  # and precision
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
 SYSTEMS = ("deebert", "fastbert", "pabee", "first", "half")
 
@@ -84,7 +84,7 @@ def measured(folder, data_folder, systems):
 
     {"rows": {row: {metric: %, "saved": %, "seconds": s}}, "curves": {system: [[saved %, metric %]]}, "chosen": {row: x}}
     """
-    baselines.read_metrics(folder)
+    baselines.read_metrics(folder)  # refuses what is no run
     path = baselines.kept_folder(folder) / "table1.json"
     if path.exists():
         try:
@@ -95,7 +95,8 @@ def measured(folder, data_folder, systems):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
     run = baselines.open_run(folder, data_folder)
     result = {"systems": systems, "task": run.args.task, "model": Path(run.args.model).name, "seed": run.args.seed}
-    result["settings"] = ", ".join(f"{name.replace('_', ' ')} {getattr(run.args, name)}" for name in SETTINGS)
+    settings = [f"{name.replace('_', ' ')} {getattr(run.args, name):g}" for name in SETTINGS]  # 3 and 3.0 are the same
+    result["settings"] = ", ".join([*settings, run.args.precision])
     result |= measure(run, systems)
     path.parent.mkdir(exist_ok=True)
     train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
@@ -110,7 +111,7 @@ def measure(run, systems):
         "DACT, rule (4)": run.dact.early_exit,
         "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
     }
-    curves, chosen = {}, {}
+    curves, chosen, targets = {}, {}, {"half": N / 2, "depth": depth}
 
     def turn(system, knob, form, simulated, high, **wanted):
         """A system with a knob from 0 to `high`: its curve, and a row for each of `wanted`, {what for: mean blocks}."""
@@ -139,14 +140,14 @@ def measure(run, systems):
         for S in (0.25, 0.5, 0.75):
             forms[f"DeeBERT, S = {S:.2f}"] = partial(exits.early_exit, rule=partial(rule, S=S))
         highest = 1.001 * math.log(len(run.labels))
-        turn("DeeBERT", "S", *by(exits, rule, "S"), highest, half=N / 2, depth=depth)
+        turn("DeeBERT", "S", *by(exits, rule, "S"), highest, **targets)
     if "fastbert" in systems:
         exits, rule = baselines.fastbert(run, features), baselines.speed_rule
-        turn("FastBERT", "speed", *by(exits, rule, "speed"), 1.001, half=N / 2, depth=depth)
+        turn("FastBERT", "speed", *by(exits, rule, "speed"), 1.001, **targets)
     if "pabee" in systems:
         form, simulated = by(baselines.pabee(run), baselines.patience_rule, "t")
         used = [simulated(t)[1].double().mean() for t in range(N)]
-        for goal, blocks in {"half": N / 2, "depth": depth}.items():
+        for goal, blocks in targets.items():
             row = f"PABEE, t nearest {GOALS[goal]}"
             chosen[row] = min(range(N), key=lambda t, blocks=blocks: abs(used[t] - blocks))
             forms[row] = form(chosen[row])

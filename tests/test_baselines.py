@@ -232,7 +232,7 @@ def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
     said = baselines.ramp_logits(exits, features)
     (logits,) = baselines.over_dev(run, exits)
     torch.testing.assert_close(said.cls.transpose(0, 1), logits, atol=1e-5, rtol=1e-5)
-    model = baselines.entropy_dact(run, exits, said, False, 0.25)
+    model = baselines.entropy_dact(run, exits, lambda: said, False, 0.25)
     assert same(before, weights(exits)) and model.thresholds() != pytest.approx([0.25] * 6, abs=1e-4)
 
 
@@ -328,6 +328,10 @@ def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys):
     assert capsys.readouterr().out.count("**toy") == 2
     assert baselines.command(lambda _: table1.main([str(run.folder), *argv])) == 2
     assert "a second run of seed 0" in capsys.readouterr().err
+    metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "epochs": 1}  # as a default, not 1.0
+    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
+    assert baselines.command(lambda _: table1.main(argv)) == 0
+    assert capsys.readouterr().out.count("**toy") == 1
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
