@@ -108,6 +108,37 @@ def test_tiny_random_from_tensorflow_equals_transformers_and_its_arrays():
     assert_same_hidden_states(model.bert, reference_from_google(folder), input_ids % 128, segment_ids, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout(dtype):
+    """A tenth is dropped, wherever in a draw of four an element lies; the mean stays; the gradient meets the same."""
+    torch.manual_seed(0)
+    dropout, x = bert.Dropout(0.1), torch.ones(999, 1001, dtype=dtype, requires_grad=True)  # no multiple of four
+    y = dropout(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and not torch.equal(dropout(x), y)
+    torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.9], dtype=dtype), atol=1e-4, rtol=2**-7)
+    dropped = (y == 0).flatten()[: 4 * 249_999].view(-1, 4).double()
+    assert (dropped.mean(0) - 0.1).abs().max() < 0.003  # 5 standard errors
+    assert (torch.corrcoef(dropped.T) - torch.eye(4)).abs().max() < 0.01
+    assert (dropped[1:] * dropped[:-1]).mean().item() == pytest.approx(0.01, abs=5e-4)  # one draw and the next
+    assert dropout.eval()(x) is x
+    assert torch.equal(bert.Dropout(0.0)(x), x) and bert.Dropout(1.0)(torch.ones(10**5)).count_nonzero() < 20
+
+
+def test_attention_in_training_is_that_of_evaluation():
+    config = bert.BertConfig(8, 32, 1, 4, 64, attention_probs_dropout_prob=0.0)
+    attention, hidden, mask = bert.SelfAttention(config), torch.randn(3, 7, 32), torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    said = attention.train()(hidden, mask)
+    torch.testing.assert_close(said, attention.eval()(hidden, mask), atol=1e-6, rtol=1e-5)
+    attention.dropout.p = 0.5
+    assert not torch.allclose(attention.train()(hidden, mask), said, atol=1e-3)
+    changed = hidden.clone()
+    changed[1, 4:] += 1  # what is padding is not looked at
+    attention.dropout.p = 0.0
+    torch.testing.assert_close(attention(changed, mask)[1, :4], said[1, :4])
+
+
 def test_small_random_model_equals_transformers(tmp_path):
     folder = write_google(tmp_path / "google", google_arrays())
     model, _ = bert.load_pretrained(folder, 2)
