@@ -4,6 +4,7 @@
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit after t equal answers in a row
     first k    the backbone cut after block k and fine-tuned: no decision at all
+    longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
 All leave a batch through `dact.early_exit`: a rule is a function of what is known after block n.
@@ -346,6 +347,12 @@ def first_blocks(run, k):
     model.bert.config = replace(model.bert.config, num_hidden_layers=k)
     model.to(run.device)
     return kept(run, f"first-{k}", model, lambda: fit(run, f"first-{k}", model, train.stage1_loss, run.train))
+
+
+def longer(run):
+    """Stage 1 once more, from the weights that it left: a `BertClassifier` that has trained as long as DACT."""
+    model = copy.deepcopy(run.stage1)
+    return kept(run, "longer", model, lambda: fit(run, "longer", model, train.stage1_loss, run.train))
 
 
 def fit(run, name, model, loss, dataset, **changes):

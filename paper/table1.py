@@ -49,7 +49,7 @@ PAPER = {
 # Two runs of one table agree on them
 SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss")  # and precision
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
-SYSTEMS = ("deebert", "fastbert", "pabee", "first", "half")
+SYSTEMS = ("longer", "deebert", "fastbert", "pabee", "first", "half")
 
 
 def main(argv):
@@ -111,6 +111,9 @@ def measure(run, systems):
         "DACT, rule (4)": run.dact.early_exit,
         "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
     }
+    if "longer" in systems:
+        longer = baselines.longer(run)
+        forms["base, stage 1 twice"] = lambda *inputs: train.all_blocks(longer(*inputs), N)
     curves, chosen, targets = {}, {}, {"half": N / 2, "depth": depth}
 
     def turn(system, knob, form, simulated, high, **wanted):
