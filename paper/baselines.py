@@ -195,9 +195,9 @@ def simulate(logits, rule):
     return logits[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
 
 
-def halted(y, h, bias):
-    """Where DACT with all halting biases lowered by `bias` leaves by (4), and its answers, from y (N, n, C), h (N, n)."""
-    a, p = dact.accumulate_all(y, torch.sigmoid(torch.logit(h) - bias))
+def halted(y, z):
+    """Where DACT leaves by (4), and its answers, from y (N, n, C) and z (N, n), h before the sigmoid."""
+    a, p = dact.accumulate_all(y, z.sigmoid())
     exit_block = torch.full_like(a[0, :, 0], len(y), dtype=torch.long)
     for n in range(len(y) - 1, 0, -1):
         left, right = dact.paper_rule(a[n - 1], p[n - 1], len(y) - n)
@@ -391,9 +391,9 @@ def kept(run, name, model, train_it):
 class EntropyDact(dact.DactBert):
     """DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w_n (H(y_n) - S_n)), H in nats.
 
-    exits: a trained DeeBERT; its backbone and ramps are used and stay frozen. S_n is the learned threshold of block n,
+    exits: a trained DeeBERT or DACT; its backbone and heads are used and stay frozen. S_n is the threshold of block n,
     DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT. With a large w
-    the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT.
+    the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT (on DeeBERT's ramps).
     """
 
     def __init__(self, exits, tied, threshold, weight=10.0):

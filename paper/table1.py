@@ -7,7 +7,9 @@ systems are trained from each run's stage 1 and kept in its folder, and so is wh
 interrupted table goes on. Leaves table1.md and table1.png in --out.
 
 A threshold is chosen by how much it saves on the dev set, never by what it answers there: no label is looked at. DACT
-has such a knob too: a number added to all its halting biases after training (both rules stay safe, whatever h is).
+has two such knobs, turned after training, and both rules stay safe, for they are so whatever h is: a number taken off
+all halting biases; and, in the place of the neurons, section 3.1's confidence function, a threshold S on the entropy of
+y_n ("DACT by entropy": the backbone and the heads of stage 2, left as DeeBERT leaves).
 """
 
 import json
@@ -48,6 +50,7 @@ PAPER = {
 }  # fmt: skip
 # Two runs of one table agree on them
 SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss")  # and precision
+STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
 SYSTEMS = ("longer", "deebert", "fastbert", "pabee", "first", "half")
 
@@ -134,15 +137,17 @@ def measure(run, systems):
             lambda x: baselines.simulate(logits, partial(rule, **{knob: x})),
         )
 
-    said = baselines.over_dev(run, run.dact)
+    y, h = baselines.over_dev(run, run.dact)
     turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
-         partial(baselines.halted, *said), 40.0, half=N / 2)  # fmt: skip
+         lambda x: baselines.halted(y, h.logit() - x), 40.0, half=N / 2)  # fmt: skip
+    highest, H = 1.001 * math.log(len(run.labels)), baselines.entropy(y.clamp(min=1e-30).log())
+    turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).early_exit,
+         lambda S: baselines.halted(y, STEEP * (H - S)), highest, **targets)  # fmt: skip
     features = cache(partial(baselines.train_features, run))  # computed once, and only if ramps have to be trained
     if "deebert" in systems:
         exits, rule = baselines.deebert(run, features), baselines.entropy_rule
         for S in (0.25, 0.5, 0.75):
             forms[f"DeeBERT, S = {S:.2f}"] = partial(exits.early_exit, rule=partial(rule, S=S))
-        highest = 1.001 * math.log(len(run.labels))
         turn("DeeBERT", "S", *by(exits, rule, "S"), highest, **targets)
     if "fastbert" in systems:
         exits, rule = baselines.fastbert(run, features), baselines.speed_rule
@@ -211,7 +216,7 @@ def mean_and_deviation(values, results):
     return f"{values.mean().item():.1f}{deviation} %" + f" ({len(values)} of {results})" * (len(values) < results)
 
 
-COLOURS = {"DACT": "#0072B2", "DeeBERT": "#D55E00", "FastBERT": "#009E73", "PABEE": "#CC79A7", "first": "#E69F00"}
+COLOURS = {"DACT": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73", "PABEE": "#CC79A7", "first": "#E69F00"}
 MARKS = {"base": ("k", "s"), "DACT, rule (4)": (COLOURS["DACT"], "o"), "DACT, exact rule": (COLOURS["DACT"], "*")}
 
 

@@ -187,13 +187,18 @@ def test_what_is_kept_belongs_to_one_run(run):
 # Exits
 
 
-def exits_of(run, rule):
-    """An `Exits` that answers differently for every example and block, and what a rule makes of it on the dev set."""
+def scattered(model):
+    """The model with random weights, with which it answers differently for every example and block."""
     torch.manual_seed(0)
-    exits = baselines.Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).eval()
-    for name, weight in exits.named_parameters():
+    for name, weight in model.named_parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.5 if "linear" in name else 0.3)
+    return model.eval()
+
+
+def exits_of(run, rule):
+    """A scattered `Exits`, and what a rule makes of it on the dev set."""
+    exits = scattered(baselines.Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier))
     answers = train.answer({"x": partial(exits.early_exit, rule=rule)}, run.dev, 16, run.device, "float32")["x"]
     return exits, answers
 
@@ -256,6 +261,19 @@ def test_deebert_is_a_case_of_dact(run, S):
     assert torch.equal(adaptive.exit_block, deebert.exit_block) and torch.equal(adaptive.labels, deebert.labels)
 
 
+def test_dact_by_entropy(run):
+    """With the heads of stage 2 it answers y_n of the first block n whose entropy is under S, as `halted` says too."""
+    S, model = 0.4, scattered(run.dact)
+    y, _ = baselines.over_dev(run, model)
+    answers = train.answer(
+        {"x": baselines.EntropyDact(model, True, S, weight=1e4).early_exit}, run.dev, 16, run.device, "float32"
+    )["x"]
+    labels, exit_block = baselines.simulate(y.log(), partial(baselines.entropy_rule, S=S))
+    assert torch.equal(answers.exit_block, exit_block) and torch.equal(answers.labels, labels)
+    found = baselines.halted(y, 1e4 * (-(y * y.log()).sum(-1) - S))
+    assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
+
+
 def test_section_3_1_learns_when_to_stop():
     """Half of the examples leave block 1 unsure, with H = 0.663 nats. If the blocks after it are wrong, its threshold
     rises above that, so that these stop as well; if they are right, it does not.
@@ -279,17 +297,20 @@ def test_section_3_1_learns_when_to_stop():
 
 def test_lowered_biases_and_what_is_simulated(run):
     """DACT with lowered biases leaves where `halted` says, the earlier the lower, and `setting` finds the bias."""
-    said = baselines.over_dev(run, run.dact)
+    y, h = baselines.over_dev(run, run.dact)
     means = []
     for bias in (0.0, 1.5, 4.0):
         model = baselines.lowered(run.dact, bias)
-        labels, exit_block = baselines.halted(*said, bias)
+        labels, exit_block = baselines.halted(y, h.logit() - bias)
         answers = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
         assert torch.equal(answers.labels, labels)
         assert (answers.exit_block == exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
         means.append(exit_block.double().mean().item())
     assert means == sorted(means, reverse=True) and means[2] < means[0]
-    simulated = partial(baselines.halted, *said)
+
+    def simulated(bias):
+        return baselines.halted(y, h.logit() - bias)
+
     for blocks in (means[1], 3.0):
         bias = baselines.setting(simulated, blocks, 40.0)
         more, less = (simulated(x)[1].double().mean().item() for x in (bias - 1e-3, bias + 1e-3))
@@ -301,7 +322,7 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     assert "untied, from S = 0.5" in capsys.readouterr().out
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
     table = (run.folder / "table1.md").read_text()
-    assert table.count("\n| ") == 19 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
+    assert table.count("\n| ") == 21 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
     result = json.loads((run.kept / "table1.json").read_text())
     metrics = baselines.read_metrics(run.folder)
     assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
