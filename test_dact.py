@@ -320,3 +320,57 @@ def test_heads_keep_full_precision_under_autocast():
         same_y, same_h = model.head(1, hidden)
     assert torch.equal(y, same_y) and torch.equal(h, same_h)  # bfloat16's 8 bits would move them by 1e-3
     assert not torch.equal(h, h.bfloat16().float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the heads read
+
+
+def test_cls_on_one_scale():
+    """Blocks whose [CLS] lies at 5 n and moves by 10^(n - 4): all come out as the last one, which stays as it is."""
+    torch.manual_seed(0)
+    cls = torch.stack([5 * n + 10.0 ** (n - 4) * torch.randn(500, 8) for n in range(1, 5)])  # (N, B, D)
+    as_it_is, read = dact.ReadCls(4, 8), dact.ReadCls(4, 8, norm=True)
+    as_it_is.observe(cls)
+    for n in range(1, 5):
+        assert torch.equal(as_it_is(n, cls[n - 1]), cls[n - 1]) and torch.equal(read(n, cls[n - 1]), cls[n - 1])
+    assert not as_it_is.state_dict()
+    read.observe(cls)
+    torch.testing.assert_close(read(4, cls[3]), cls[3])
+    for n in range(1, 4):
+        moved = read(n, cls[n - 1])
+        torch.testing.assert_close(moved.mean(0), cls[3].mean(0), atol=1e-3, rtol=0)
+        torch.testing.assert_close(moved.std(0), cls[3].std(0), atol=0, rtol=1e-2)  # 1e-8 beside a variance of 1e-6
+
+
+def test_the_scale_follows_the_training():
+    """One number of one block. 1, 3: mean 2, var 1. Then 4, 8: mean 2 + (6 - 2) / 2 = 4, and (0 + 16) / 2 = 8 about it,
+    so var (1 + 8) / 2 = 4.5. From the 20th batch on a batch counts a twentieth.
+    """
+    read = dact.ReadCls(1, 1, norm=True)
+    for batch, mean, var in (([1.0, 3.0], 2, 1), ([4.0, 8.0], 4, 4.5)):
+        read.observe(torch.tensor(batch)[None, :, None])
+        assert read.mean.flatten().tolist() == [mean, mean] and read.var.flatten().tolist() == [var, var]
+    for _ in range(998):
+        read.observe(torch.zeros(1, 2, 1))
+    read.observe(torch.full((1, 2, 1), 20.0))
+    torch.testing.assert_close(read.mean, torch.ones_like(read.mean))
+
+
+def test_heads_read_on_one_scale_and_training_alone_moves_it():
+    plain, inputs = random_model()
+    model = dact.DactBert(plain.backbone, nn.Linear(8, 3), head_norm=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for ours, theirs in zip(model(*inputs), plain(*inputs)):  # training: nothing seen yet, so as it is
+        assert torch.equal(ours, theirs)
+    assert model.read.steps == 1
+    y, h = model.eval()(*inputs)
+    assert model.read.steps == 1 and not torch.allclose(y[0], plain(*inputs)[0][0], atol=1e-3)
+    hidden = model.backbone.embed(*inputs[:-1])
+    for n, block in enumerate(model.backbone.blocks, start=1):
+        hidden = block(hidden, inputs[-1])
+        cls = model.read(n, hidden[:, 0])
+        torch.testing.assert_close(y[n - 1], model.classifiers[n - 1](cls).softmax(-1))
+        torch.testing.assert_close(h[n - 1], model.halts[n - 1](cls).squeeze(-1).sigmoid())
+    a, _ = dact.accumulate_all(y, h)
+    assert torch.equal(model.early_exit(*inputs).label, a[-1].argmax(1))

@@ -98,6 +98,8 @@ def parse_arguments(argv):
         help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
     add("--head-loss", type=number(float, 0, 1e3), default=0.0,
         help="weight of every head's own loss in stage 2, beside (3) (default: 0, the paper's)")  # fmt: skip
+    add("--head-norm", action="store_true",
+        help="stage 2: the heads read [CLS] on one scale for all blocks, the backbone has no dropout (default: off)")
     add("--rule", choices=dact.RULES, default="paper",
         help="halting rule that answers: (4), or our exact one (default: paper)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
@@ -166,7 +168,9 @@ def run(args):
         if args.stage1 is None:
             seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, checkpoint)
         save(args.out / "stage1.pt", header | {"stage": 1, "state": stage1.state_dict()})
-    adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias).to(device)
+    adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias, args.head_norm).to(device)
+    if args.head_norm:
+        without_dropout(adaptive.backbone)
     loss, before = stage2_loss(args.tau, args.head_loss), seconds["stage1"]
     seconds["stage2"] = fit("stage 2", adaptive, loss, train, args, device, precision, checkpoint, before)
     save(args.out / "dact.pt", header | {"stage": 2, "state": adaptive.state_dict()})
@@ -283,6 +287,16 @@ def stage2_loss(tau, head_loss=0.0):
         return total, price, h.mean()
 
     return loss
+
+
+def without_dropout(backbone):
+    """The backbone itself, with all its dropout at rate 0."""
+    # DIFFERS, if asked for: in the early blocks dropout moves [CLS] tens of times as far as the input does (by 0.04
+    # against 0.0009 after block 1), so no head there can learn from it.
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return backbone
 
 
 def parameter_groups(model, args):
@@ -445,7 +459,7 @@ def evaluate(stage1, adaptive, dev, args, device, precision):
     """
     N = len(adaptive.backbone.blocks)
     control = dact.DactBert(adaptive.backbone, stage1.classifier, args.halt_bias).to(device)
-    control.classifiers = adaptive.classifiers
+    control.classifiers, control.read = adaptive.classifiers, adaptive.read
     for model in (stage1, adaptive, control):
         model.eval()
     forms = {
@@ -573,7 +587,7 @@ RUN_FILES = ("log.jsonl", "checkpoint.pt", "stage1.pt", "dact.pt", "metrics.json
 
 def settings(args, precision):
     """What decides the numbers of a run, as log.jsonl (so that only its like resumes it) and metrics.json keep it."""
-    names = "task model stage1 epochs batch max_tokens lr head_lr halt_bias tau head_loss seed".split()
+    names = "task model stage1 epochs batch max_tokens lr head_lr halt_bias tau head_loss head_norm seed".split()
     return {name: getattr(args, name) for name in names} | {"precision": precision, "processes": num_processes()}
 
 
@@ -674,7 +688,10 @@ def load_run(path, stage, task):
         raise InputError(f"{path}: max_tokens is {max_tokens!r}, for {config.max_tokens} positions; name another run")
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
-        model = bert.BertClassifier(backbone, classifier) if stage == 1 else dact.DactBert(backbone, classifier)
+        if stage == 1:
+            model = bert.BertClassifier(backbone, classifier)
+        else:
+            model = dact.DactBert(backbone, classifier, head_norm="read.mean" in state)
     try:
         model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError):

@@ -82,7 +82,7 @@ def open_run(folder, data_folder=None):
 # The part of metrics.json that is relied on here
 METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
                 "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
-                "head_loss": (int, float), "precision": str, "full": dict, "dact": dict, "rules": dict,
+                "head_loss": (int, float), "head_norm": bool, "precision": str, "full": dict, "dact": dict, "rules": dict,
                 "seconds": dict}  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def read_metrics(folder):
         if not isinstance(found, dict):
             raise TypeError("no object")
         for key, kind in METRICS_JSON.items():
-            if not isinstance(found[key], kind) or isinstance(found[key], bool):
+            if not isinstance(found[key], kind) or (kind is not bool and isinstance(found[key], bool)):
                 raise TypeError(f"{key} is {str(found[key])[:40]!r}")
         for part in (found["full"], *found["rules"].values()):
             numbers = [part[name] for name in data.find_task(found["task"]).metrics]
@@ -117,24 +117,31 @@ def kept_folder(folder):
 
 
 class Exits(nn.Module):
-    """A backbone with a classifier ("off-ramp") after every block; each starts as a copy of `classifier`."""
+    """A backbone with a classifier ("off-ramp") after every block; each starts as a copy of `classifier`.
 
-    def __init__(self, backbone, classifier):
+    head_norm: whether they read [CLS] on one scale for all blocks (`dact.ReadCls`).
+    """
+
+    def __init__(self, backbone, classifier, head_norm=False):
         super().__init__()
         self.backbone = backbone
+        self.read = dact.ReadCls(len(backbone.blocks), backbone.hidden_size, head_norm)
         self.classifiers = nn.ModuleList(copy.deepcopy(classifier) for _ in backbone.blocks)
 
     def logits(self, n, hidden):
         """Block n's answer, (B, C), always in full precision."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.classifiers[n - 1](hidden[:, 0].float())
+            return self.classifiers[n - 1](self.read(n, hidden[:, 0].float()))
 
     def forward(self, *inputs):
         """-> logits of all blocks (N, B, C)."""
-        hidden, said = self.backbone.embed(*inputs[:-1]), []
+        hidden, said, cls = self.backbone.embed(*inputs[:-1]), [], []
         for n, block in enumerate(self.backbone.blocks, start=1):
             hidden = block(hidden, inputs[-1])
             said.append(self.logits(n, hidden))
+            cls.append(hidden[:, 0])
+        if self.training:
+            self.read.observe(torch.stack(cls))
         return torch.stack(said)
 
     def early_exit(self, *inputs, rule):
@@ -296,10 +303,12 @@ class Ramps(nn.Module):
         super().__init__()
         self.classifiers = exits.classifiers[:-1]
         self.last = exits.classifiers[-1].requires_grad_(False)
+        self.read = exits.read
 
     def forward(self, cls):
         self.last.eval()
-        return torch.stack([head(cls[:, n]) for n, head in enumerate([*self.classifiers, self.last])])
+        heads = enumerate([*self.classifiers, self.last], start=1)
+        return torch.stack([head(self.read(n, cls[:, n - 1])) for n, head in heads])
 
 
 def deebert(run, features=None):
@@ -314,14 +323,16 @@ def fastbert(run, features=None):
 
 def ramps(run, features, loss, name):
     """An `Exits` whose ramps alone are trained, and kept."""
-    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
+    exits = Exits(run.stage1.bert, run.stage1.classifier, run.args.head_norm).to(run.device)
     # DIFFERS: the papers start all ramps but the last from nothing (FastBERT's are a self-attention each) at the rate of
     # the backbone. Here every system has DACT's heads, DACT's start, from stage 1, and DACT's --head-lr for them.
 
     def train_them():
-        fit(run, name, Ramps(exits), as_stage(loss), features() if features else train_features(run))
+        dataset = features() if features else train_features(run)
+        exits.read.observe(dataset.cls.transpose(0, 1).to(run.device))  # once, for the backbone does not change
+        fit(run, name, Ramps(exits), as_stage(loss), dataset)
 
-    kept(run, name, exits.classifiers, train_them)
+    kept(run, name, nn.ModuleList([exits.classifiers, exits.read]), train_them)
     return exits.eval()
 
 
@@ -333,7 +344,9 @@ def train_features(run):
 def pabee(run):
     """The run's PABEE: backbone and ramps together."""
     # DIFFERS: from stage 1's weights, as DACT, where the paper starts from the pretrained ones.
-    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
+    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier, run.args.head_norm).to(run.device)
+    if run.args.head_norm:
+        train.without_dropout(exits.backbone)
     return kept(run, "PABEE", exits, lambda: fit(run, "PABEE", exits, as_stage(pabee_loss), run.train))
 
 
@@ -398,7 +411,7 @@ class EntropyDact(dact.DactBert):
 
     def __init__(self, exits, tied, threshold, weight=10.0):
         super().__init__(exits.backbone, exits.classifiers[-1])
-        self.classifiers = exits.classifiers
+        self.classifiers, self.read = exits.classifiers, exits.read
         self.requires_grad_(False)
         halts = [nn.Linear(1, 1) for _ in exits.classifiers]
         for halt in halts:
@@ -409,7 +422,7 @@ class EntropyDact(dact.DactBert):
     def head(self, n, hidden):
         """y_n (B, C), h_n (B,), as in DACT."""
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.classifiers[n - 1](hidden[:, 0].float())
+            logits = self.classifiers[n - 1](self.read(n, hidden[:, 0].float()))
             return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
     def forward(self, logits):
@@ -428,7 +441,8 @@ def ramp_logits(exits, features):
     said = copy.copy(features)
     with torch.no_grad():
         device = next(exits.parameters()).device
-        logits = [head(features.cls[:, n].to(device)).cpu() for n, head in enumerate(exits.classifiers)]
+        heads = enumerate(exits.classifiers, start=1)
+        logits = [head(exits.read(n, features.cls[:, n - 1].to(device))).cpu() for n, head in heads]
     said.cls = torch.stack(logits, 1)
     return said
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import baselines
+import torch
 
 import bert
 import dact
@@ -31,6 +32,9 @@ def prune(model, K):
     small.backbone.config = replace(small.backbone.config, num_hidden_layers=K)
     small.backbone.blocks = small.backbone.blocks[:K]
     small.classifiers, small.halts = small.classifiers[:K], small.halts[:K]
+    for name, buffer in small.read.named_buffers():
+        if buffer.ndim:
+            setattr(small.read, name, torch.cat([buffer[:K], buffer[-1:]]))
     return small
 
 

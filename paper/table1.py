@@ -49,7 +49,7 @@ PAPER = {
     },
 }  # fmt: skip
 # Two runs of one table agree on them
-SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss")  # and precision
+SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss", "head_norm")  # and precision
 STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
 SYSTEMS = ("longer", "deebert", "fastbert", "pabee", "first", "half")

@@ -255,8 +255,8 @@ def small_toy_task(divisor):
         yield
 
 
-def short_toy_run(folder, batch):
+def short_toy_run(folder, batch, *flags):
     """Train one epoch of the toy task into a folder: the folder."""
-    argv = ["--epochs", "1", "--batch", str(batch), "--precision", "float32", "--out", str(folder)]
+    argv = ["--epochs", "1", "--batch", str(batch), "--precision", "float32", "--out", str(folder), *flags]
     assert train.main(argv) == 0
     return folder

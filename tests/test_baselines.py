@@ -25,9 +25,9 @@ import table1
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A short run on a small toy task."""
+    """A short run on a small toy task, whose heads read [CLS] on one scale (those of other tests read it as it is)."""
     with small_toy_task(8):
-        yield short_toy_run(tmp_path_factory.mktemp("baselines") / "toy", batch=32)
+        yield short_toy_run(tmp_path_factory.mktemp("baselines") / "toy", 32, "--head-norm")
 
 
 @pytest.fixture
@@ -111,15 +111,29 @@ def test_frozen_weights_stay_and_ramps_learn(run, system):
 
 def test_ramps_on_cached_vectors_are_the_ramps_of_the_model(run):
     features = baselines.Features(run.stage1.bert, run.dev, run.device, "float32")
-    exits = baselines.Exits(run.stage1.bert, run.stage1.classifier).eval()
+    exits = baselines.Exits(run.stage1.bert, run.stage1.classifier, head_norm=True).eval()
     for n, ramp in enumerate(exits.classifiers):
         torch.nn.init.normal_(ramp.linear.bias, mean=float(n))
+    exits.read.observe(features.cls.transpose(0, 1))
     indices = data.evaluation_batches(run.dev.lengths, 20)[1]
     inputs, labels = run.dev.batch(indices)
     (cls,), same_labels = features.batch(indices)
     with torch.no_grad():
         torch.testing.assert_close(baselines.Ramps(exits).eval()(cls), exits(*inputs), atol=1e-5, rtol=1e-5)
     assert torch.equal(labels, same_labels)
+
+
+def test_head_norm_reaches_every_system(run):
+    """All heads read on one scale: DACT's as trained, the frozen ramps' over the training set, PABEE's as they train."""
+    batches = 2 * -(-len(run.train) // 32)  # of PABEE's own epoch and the run's stage 2: one each
+    assert run.args.head_norm and run.dact.read.steps == batches / 2 == baselines.pabee(run).read.steps
+    cls = baselines.train_features(run).cls
+    for system in (baselines.deebert, baselines.fastbert):
+        for read in (system(run).read, system(run).read):  # trained, and from its file
+            torch.testing.assert_close(read.mean[:-1], cls.mean(0), atol=1e-5, rtol=1e-4)
+            moved = torch.stack([read(n, cls[:, n - 1]) for n in range(1, 7)])
+            torch.testing.assert_close(moved.mean(1), cls[:, -1].mean(0).expand(6, -1), atol=1e-4, rtol=1e-3)
+    assert baselines.EntropyDact(run.dact, True, 0.5).read is run.dact.read
 
 
 def test_pabee_trains_everything(run):

@@ -237,6 +237,19 @@ def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path)
     assert len(run.dact.backbone.blocks) == 6  # the whole model is left as it was
 
 
+def test_pruned_heads_read_what_they_read(run):
+    """The scale of `--head-norm` is that of the last block of all, also when that is gone."""
+    model = dact.DactBert(run.dact.backbone, run.dact.classifiers[0], head_norm=True)
+    for seed in (0, 1):  # two, so that there is something that runs
+        torch.manual_seed(seed)
+        model.read.observe(torch.arange(1.0, 7)[:, None, None] * torch.randn(6, 9, 64))
+    small, hidden = pruning.prune(model, 4), torch.randn(5, 3, 64)
+    assert small.read.mean.shape == (5, 64) and model.read.mean.shape == (7, 64)
+    for n in range(1, 5):
+        for ours, theirs in zip(small.head(n, hidden), model.head(n, hidden)):
+            assert torch.equal(ours, theirs)
+
+
 def test_the_last_block_that_an_example_reaches(run):
     """Cut to 4 blocks, some training examples leave early and some at block 4: K is the exit of the last of them."""
     run = run._replace(dact=pruning.prune(random_run(run).dact, 4))

@@ -11,7 +11,16 @@ import time
 
 import pytest
 import torch
-from fakes import ASSETS, google_arrays, needs_assets, write_glue, write_google, write_roberta
+from fakes import (
+    ASSETS,
+    google_arrays,
+    needs_assets,
+    short_toy_run,
+    small_toy_task,
+    write_glue,
+    write_google,
+    write_roberta,
+)
 
 import dact
 import data
@@ -98,6 +107,28 @@ def test_the_control_halts_as_it_was_started(toy_run):
     results = train.evaluate(stage1, adaptive, dev, args, torch.device("cpu"), "float32")
     assert results["paper"].exit_block.unique().tolist() == [1]
     assert results["control"].exit_block.min() >= 3
+
+
+def test_head_norm_takes_dropout_out_of_stage_2(tmp_path, monkeypatch):
+    """Of the backbone alone; the heads keep theirs. Afterwards the heads read what they read in training."""
+    rates, fit = {}, train.fit
+
+    def spy(stage, model, *rest, **more):
+        rates[stage] = {
+            part: {module.p for module in getattr(model, part).modules() if isinstance(module, torch.nn.Dropout)}
+            for part in ("bert", "backbone", "classifiers")
+            if hasattr(model, part)
+        }
+        return fit(stage, model, *rest, **more)
+
+    monkeypatch.setattr(train, "fit", spy)
+    with small_toy_task(12):
+        short_toy_run(tmp_path / "run", 32, "--head-norm")
+    assert rates == {"stage 1": {"bert": {0.1}}, "stage 2": {"backbone": {0.0}, "classifiers": {0.1}}}
+    adaptive = train.load_run(tmp_path / "run" / "dact.pt", 2, "toy")[0]
+    assert adaptive.read.norm and adaptive.read.steps == 11 and (adaptive.read.var[0] != 1).all()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["head_norm"] is True and metrics["rules"]["exact"]["same_as_all_blocks"] == 50
 
 
 def test_learning_rate_rises_and_falls():
