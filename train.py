@@ -99,7 +99,7 @@ def parse_arguments(argv):
     add("--head-loss", type=number(float, 0, 1e3), default=0.0,
         help="weight of every head's own loss in stage 2, beside (3) (default: 0, the paper's)")  # fmt: skip
     add("--head-norm", action="store_true",
-        help="stage 2: the heads read [CLS] on one scale for all blocks, the backbone has no dropout (default: off)")
+        help="stage 2: the heads read [CLS] on one scale for all blocks, the backbone has no dropout (default: off)")  # fmt: skip
     add("--rule", choices=dact.RULES, default="paper",
         help="halting rule that answers: (4), or our exact one (default: paper)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")

@@ -49,7 +49,7 @@ PAPER = {
     },
 }  # fmt: skip
 # Two runs of one table agree on them
-SETTINGS = ("epochs", "batch", "max_tokens", "lr", "head_lr", "tau", "halt_bias", "head_loss", "head_norm")  # and precision
+SETTINGS = "epochs batch max_tokens lr head_lr tau halt_bias head_loss head_norm".split()  # and precision
 STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
 SYSTEMS = ("longer", "deebert", "fastbert", "pabee", "first", "half")
@@ -216,7 +216,8 @@ def mean_and_deviation(values, results):
     return f"{values.mean().item():.1f}{deviation} %" + f" ({len(values)} of {results})" * (len(values) < results)
 
 
-COLOURS = {"DACT": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73", "PABEE": "#CC79A7", "first": "#E69F00"}
+COLOURS = {"DACT": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",
+           "PABEE": "#CC79A7", "first": "#E69F00"}  # fmt: skip
 MARKS = {"base": ("k", "s"), "DACT, rule (4)": (COLOURS["DACT"], "o"), "DACT, exact rule": (COLOURS["DACT"], "*")}
 
 
