@@ -181,7 +181,7 @@ class ReadCls(nn.Module):
     """What the heads of block n read: its [CLS] vector, as it is, or brought to one scale for all blocks.
 
     In the early blocks of a pretrained BERT [CLS] hardly differs between inputs (by 0.0006 about a mean of 0.06 in block
-    2 of a 12-block model, by 0.19 in block 11): a head that reads it as it is learns a constant, and a halting neuron
+    2 of a 12-block model, by 0.17 in block 11): a head that reads it as it is learns a constant, and a halting neuron
     decides alike for all inputs. With `norm`, each number of the vector is brought from its mean and deviation over the
     examples to those that it has after the last block, where the classifier of stage 1 knows it.
 
