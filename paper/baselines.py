@@ -4,6 +4,7 @@
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit after t equal answers in a row
     first k    the backbone cut after block k and fine-tuned: no decision at all
+    DACT at another price: its halting neurons trained anew, all else as stage 2 left it
     longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
@@ -457,6 +458,60 @@ def entropy_dact(run, exits, said, tied, threshold):
     # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
     longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
     kept(run, name, model.halts, lambda: fit(run, name, model, train.stage2_loss(run.args.tau), said(), **longer))
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DACT at another price of a block
+
+
+class Neurons(nn.Module):
+    """Halting neurons over what they read and what the frozen heads said: (B, N, D + C) -> y (N, B, C), h (N, B)."""
+
+    def __init__(self, halts):
+        super().__init__()
+        self.halts = halts
+
+    def forward(self, said):
+        D = self.halts[0].in_features
+        h = [halt(said[:, n, :D]).squeeze(-1) for n, halt in enumerate(self.halts)]
+        return said[..., D:].transpose(0, 1), torch.stack(h).sigmoid()
+
+
+@torch.no_grad()
+def over_features(model, features):
+    """A `DactBert`'s heads over cached vectors: what they read (n, N, D), y (N, n, C), and z (N, n), h before the sigmoid."""
+    device = model.halts[0].weight.device
+    cls = [model.read(n, vectors.to(device)) for n, vectors in enumerate(features.cls.unbind(1), start=1)]
+    y = [head(x).softmax(-1) for head, x in zip(model.classifiers, cls)]
+    z = [halt(x).squeeze(-1) for halt, x in zip(model.halts, cls)]
+    return torch.stack(cls, 1).cpu(), torch.stack(y).cpu(), torch.stack(z).cpu()
+
+
+def dact_at(run, tau, features):
+    """The run's DACT with its halting neurons alone trained anew, by equation (3) at a price `tau`: a `DactBert`.
+
+    "The training of only the confidence functions" (section 3.1), from the run's own --halt-bias.
+    features: a function that gives the `Features` of its backbone over the training set.
+    """
+    model = dact.DactBert(run.dact.backbone, run.dact.classifiers[0], run.args.halt_bias).to(run.device)
+    model.classifiers, model.read = run.dact.classifiers, run.dact.read
+    name = f"tau-{tau:g}"
+
+    def train_them():
+        said = copy.copy(features())
+        cls, y, _ = over_features(model, said)
+        # CHOICE: the neurons learn from standardised numbers, each of each block over the examples, so that three epochs
+        # take them somewhere; then they get weights that make the same of what they will read.
+        mean, deviation = cls.mean(0), cls.std(0).clamp(min=1e-6)
+        said.cls = torch.cat([(cls - mean) / deviation, y.transpose(0, 1)], -1)
+        fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said)
+        with torch.no_grad():
+            for halt, m, d in zip(model.halts, mean.to(run.device), deviation.to(run.device)):
+                halt.weight.div_(d)
+                halt.bias.sub_(halt.weight @ m)
+
+    kept(run, name, model.halts, train_them)
     return model.eval()
 
 

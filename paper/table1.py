@@ -7,9 +7,10 @@ systems are trained from each run's stage 1 and kept in its folder, and so is wh
 interrupted table goes on. Leaves table1.md and table1.png in --out.
 
 A threshold is chosen by how much it saves on the dev set, never by what it answers there: no label is looked at. DACT
-has two such knobs, turned after training, and both rules stay safe, for they are so whatever h is: a number taken off
-all halting biases; and, in the place of the neurons, section 3.1's confidence function, a threshold S on the entropy of
-y_n ("DACT by entropy": the backbone and the heads of stage 2, left as DeeBERT leaves).
+has three such knobs, and both rules stay safe, for they are so whatever h is: a number taken off all halting biases
+after training; the price tau, at which the halting neurons alone are trained anew; and, in their place, section 3.1's
+confidence function, a threshold S on the entropy of y_n ("DACT by entropy": the backbone and the heads of stage 2, left
+as DeeBERT leaves).
 """
 
 import json
@@ -51,8 +52,9 @@ PAPER = {
 # Two runs of one table agree on them
 SETTINGS = "epochs batch max_tokens lr head_lr tau halt_bias head_loss head_norm".split()  # and precision
 STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
+TAUS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # nats a block
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
-SYSTEMS = ("longer", "deebert", "fastbert", "pabee", "first", "half")
+SYSTEMS = ("tau", "longer", "deebert", "fastbert", "pabee", "first", "half")
 
 
 def main(argv):
@@ -137,12 +139,25 @@ def measure(run, systems):
             lambda x: baselines.simulate(logits, partial(rule, **{knob: x})),
         )
 
-    y, h = baselines.over_dev(run, run.dact)
+    def nearest(row, knobs, form, simulated, blocks):
+        """A row for the knob, of a few, at which a system's use of blocks is nearest to `blocks`."""
+        used = {x: simulated(x)[1].double().mean().item() for x in knobs}
+        chosen[row] = min(knobs, key=lambda x: abs(used[x] - blocks))
+        forms[row] = form(chosen[row])
+
+    of_dev = baselines.Features(run.dact.backbone, run.dev, run.device, run.precision)
+    _, y, z = baselines.over_features(run.dact, of_dev)
     turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
-         lambda x: baselines.halted(y, h.logit() - x), 40.0, half=N / 2)  # fmt: skip
+         lambda x: baselines.halted(y, z - x), 40.0, half=N / 2)  # fmt: skip
     highest, H = 1.001 * math.log(len(run.labels)), baselines.entropy(y.clamp(min=1e-30).log())
     turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).early_exit,
          lambda S: baselines.halted(y, STEEP * (H - S)), highest, **targets)  # fmt: skip
+    if "tau" in systems:
+        of_train = cache(lambda: baselines.Features(run.dact.backbone, run.train, run.device, run.precision))
+        models = {tau: baselines.dact_at(run, tau, of_train) for tau in TAUS}
+        at = {tau: baselines.halted(y, baselines.over_features(model, of_dev)[2]) for tau, model in models.items()}
+        nearest(f"DACT, tau nearest {GOALS['half']}", TAUS, lambda tau: models[tau].early_exit, at.get, N / 2)
+        curves["DACT, over tau"] = [point(run, *at[tau]) for tau in reversed(TAUS)]
     features = cache(partial(baselines.train_features, run))  # computed once, and only if ramps have to be trained
     if "deebert" in systems:
         exits, rule = baselines.deebert(run, features), baselines.entropy_rule
@@ -154,11 +169,8 @@ def measure(run, systems):
         turn("FastBERT", "speed", *by(exits, rule, "speed"), 1.001, **targets)
     if "pabee" in systems:
         form, simulated = by(baselines.pabee(run), baselines.patience_rule, "t")
-        used = [simulated(t)[1].double().mean() for t in range(N)]
         for goal, blocks in targets.items():
-            row = f"PABEE, t nearest {GOALS[goal]}"
-            chosen[row] = min(range(N), key=lambda t, blocks=blocks: abs(used[t] - blocks))
-            forms[row] = form(chosen[row])
+            nearest(f"PABEE, t nearest {GOALS[goal]}", range(N), form, simulated, blocks)
         curves["PABEE, over t"] = [point(run, *simulated(t)) for t in range(N)]
     for system, k in {"half": N // 2, "first": round(depth)}.items():
         if system in systems:

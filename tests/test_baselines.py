@@ -288,6 +288,26 @@ def test_dact_by_entropy(run):
     assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
 
 
+def test_dact_at_another_price(run):
+    """Neurons alone are trained anew. A block at 5 nats is never worth its price, so all is closed after block 1, and at
+    no price all goes on longer. What was trained on standardised vectors reads them as they are, from its file too.
+    """
+    heads, exits = weights(run.dact), []
+    features = baselines.Features(run.dact.backbone, run.train, run.device, "float32")
+    run.args.epochs, run.args.head_lr = 10, 0.1  # far enough for both ends
+    for tau in (0.0, 5.0):
+        model = baselines.dact_at(run, tau, lambda: features)
+        answers = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
+        again = baselines.dact_at(run, tau, None)
+        _, y, z = baselines.over_features(again, baselines.Features(run.dact.backbone, run.dev, run.device, "float32"))
+        labels, exit_block = baselines.halted(y, z)
+        assert torch.equal(labels, answers.labels)
+        assert (exit_block == answers.exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
+        torch.testing.assert_close([y, z.sigmoid()], baselines.over_dev(run, again), atol=1e-4, rtol=1e-3)
+        exits.append(answers.exit_block.double().mean().item())
+    assert exits[1] < exits[0] - 1 and same(heads, weights(run.dact))
+
+
 def test_section_3_1_learns_when_to_stop():
     """Half of the examples leave block 1 unsure, with H = 0.663 nats. If the blocks after it are wrong, its threshold
     rises above that, so that these stop as well; if they are right, it does not.
@@ -336,7 +356,7 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     assert "untied, from S = 0.5" in capsys.readouterr().out
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
     table = (run.folder / "table1.md").read_text()
-    assert table.count("\n| ") == 21 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
+    assert table.count("\n| ") == 22 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
     result = json.loads((run.kept / "table1.json").read_text())
     metrics = baselines.read_metrics(run.folder)
     assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
