@@ -241,7 +241,8 @@ def draw(tables, path):
         for result in results:
             for name, points in result["curves"].items():
                 colour = COLOURS[name.split(",")[0]]
-                axis.plot(*zip(*points), ".-", color=colour, alpha=0.6, linewidth=1, markersize=3, label=name)
+                line = ".:" if name.endswith("bias") else ".-"
+                axis.plot(*zip(*points), line, color=colour, alpha=0.6, linewidth=1, markersize=3, label=name)
             for row, found in result["rows"].items():
                 if row in MARKS or row.startswith("first"):
                     colour, mark = MARKS.get(row, (COLOURS["first"], "^"))
