@@ -210,7 +210,8 @@ class ReadCls(nn.Module):
         """Follow the training: [CLS] vectors of all blocks (N, B, D) of one batch."""
         if self.norm:
             # CHOICE: no batch norm. Batches are of like length, and [CLS] knows it: their own means would hide it in
-            # training alone. The statistics run over the last 20 batches or so, and are used a step later.
+            # training alone. The statistics run over the last 20 batches or so, and are used a step later (among several
+            # processes those of the first, which DistributedDataParallel hands to the others).
             cls = torch.cat([cls, cls[-1:]]).to(self.mean.dtype)  # (N + 1, B, D)
             self.steps += 1
             rate = 1 / self.steps.clamp(max=20)
