@@ -207,12 +207,12 @@ class ReadCls(nn.Module):
 
     @torch.no_grad()
     def observe(self, cls):
-        """Follow the training: [CLS] vectors of all blocks (N, B, D) of one batch."""
+        """Follow the training: the [CLS] vectors of one batch after every block, N times (B, D)."""
         if self.norm:
             # CHOICE: no batch norm. Batches are of like length, and [CLS] knows it: their own means would hide it in
             # training alone. The statistics run over the last 20 batches or so, and are used a step later (among several
             # processes those of the first, which DistributedDataParallel hands to the others).
-            cls = torch.cat([cls, cls[-1:]]).to(self.mean.dtype)  # (N + 1, B, D)
+            cls = torch.stack([*cls, cls[-1]]).to(self.mean.dtype)  # (N + 1, B, D)
             self.steps += 1
             rate = 1 / self.steps.clamp(max=20)
             self.mean.lerp_(cls.mean(1), rate)
@@ -264,7 +264,7 @@ class DactBert(nn.Module):
             said.append(self.head(n, hidden))
             cls.append(hidden[:, 0])
         if self.training:
-            self.read.observe(torch.stack(cls))
+            self.read.observe(cls)
         return tuple(torch.stack(column) for column in zip(*said))
 
     def early_exit(self, *inputs, rule=paper_rule):

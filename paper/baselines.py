@@ -142,7 +142,7 @@ class Exits(nn.Module):
             said.append(self.logits(n, hidden))
             cls.append(hidden[:, 0])
         if self.training:
-            self.read.observe(torch.stack(cls))
+            self.read.observe(cls)
         return torch.stack(said)
 
     def early_exit(self, *inputs, rule):
