@@ -297,6 +297,11 @@ class Features:
         return (self.cls[indices],), self.labels[indices]
 
 
+def read_all(read, cls):
+    """What the heads of all blocks read: a `dact.ReadCls`, cached vectors (B, N, D) -> N times (B, D)."""
+    return [read(n, x) for n, x in enumerate(cls.unbind(1), start=1)]
+
+
 class Ramps(nn.Module):
     """The classifiers of an `Exits` over cached vectors: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
 
@@ -308,8 +313,8 @@ class Ramps(nn.Module):
 
     def forward(self, cls):
         self.last.eval()
-        heads = enumerate([*self.classifiers, self.last], start=1)
-        return torch.stack([head(self.read(n, cls[:, n - 1])) for n, head in heads])
+        heads = [*self.classifiers, self.last]
+        return torch.stack([head(x) for head, x in zip(heads, read_all(self.read, cls))])
 
 
 def deebert(run, features=None):
@@ -442,8 +447,8 @@ def ramp_logits(exits, features):
     said = copy.copy(features)
     with torch.no_grad():
         device = next(exits.parameters()).device
-        heads = enumerate(exits.classifiers, start=1)
-        logits = [head(exits.read(n, features.cls[:, n - 1].to(device))).cpu() for n, head in heads]
+        cls = read_all(exits.read, features.cls.to(device))
+        logits = [head(x).cpu() for head, x in zip(exits.classifiers, cls)]
     said.cls = torch.stack(logits, 1)
     return said
 
@@ -481,8 +486,7 @@ class Neurons(nn.Module):
 @torch.no_grad()
 def over_features(model, features):
     """A `DactBert`'s heads over cached vectors: what they read (n, N, D), y (N, n, C), and z (N, n), h before the sigmoid."""
-    device = model.halts[0].weight.device
-    cls = [model.read(n, vectors.to(device)) for n, vectors in enumerate(features.cls.unbind(1), start=1)]
+    cls = read_all(model.read, features.cls.to(model.halts[0].weight.device))
     y = [head(x).softmax(-1) for head, x in zip(model.classifiers, cls)]
     z = [halt(x).squeeze(-1) for halt, x in zip(model.halts, cls)]
     return torch.stack(cls, 1).cpu(), torch.stack(y).cpu(), torch.stack(z).cpu()

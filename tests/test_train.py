@@ -295,17 +295,18 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
     whole = time.monotonic() - began
     while kills > 0:
-        folder, run = tmp_path / f"cut{run}", run + 1
+        folder, run, finished = tmp_path / f"cut{run}", run + 1, False
         while not (folder / "metrics.json").exists():  # a kill that comes as the process ends finds a finished run
             with subprocess.Popen(
                 [*command, "--out", folder, "--resume"], env=environment, stdout=subprocess.PIPE
             ) as process:
                 try:
                     process.communicate(timeout=rng.uniform(0.2, 1.0) * whole if kills else None)
-                    assert process.returncode == 0
+                    finished = True
                 except subprocess.TimeoutExpired:
                     process.kill()
                     kills -= 1
+            assert process.returncode == (0 if finished else -signal.SIGKILL)
         assert_same_run(tmp_path / "whole", folder)
 
 
