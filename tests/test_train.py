@@ -423,7 +423,8 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
     assert "stage 2 of a run" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
     saved = torch.load(toy_run / "dact.pt")
-    for broken in ({"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}, {"config": {}}, {"state": {}}):
+    numbers = [{"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}]
+    for broken in (*numbers, {"config": {}}, {"state": {}}, {"state": 5}, {"state": {"read.mean": 5}}):
         torch.save(saved | broken, tmp_path / "dact.pt")
         assert "dact.pt: " in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({name: saved[name] for name in saved.keys() - {"config"}}, tmp_path / "dact.pt")
