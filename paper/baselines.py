@@ -2,7 +2,7 @@
 
     DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
-    PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit after t equal answers in a row
+    PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed the answer
     first k    the backbone cut after block k and fine-tuned: no decision at all
     DACT at another price: its halting neurons trained anew, all else as stage 2 left it
     longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
@@ -19,6 +19,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def open_run(folder, data_folder=None):
     splits = [data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data)]
     for model in (stage1, adaptive):
         model.to(device).eval()
-    precision = train.pick_precision(device, None)[0]
+    precision = train.pick_precision(device, args.precision)[0]
     return Run(folder, kept_folder(folder), args, metrics, stage1, adaptive, tokenizer, *splits, device, precision)
 
 
@@ -359,7 +360,7 @@ def pabee(run):
 def first_blocks(run, k):
     """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned as stage 1 was."""
     args = copy.copy(run.args)
-    args.model = None if args.task == "toy" else args.model
+    args.model = None if args.model == train.SCRATCH else args.model
     torch.manual_seed(args.seed)
     model = train.starting_model(args)[0]
     model.bert.blocks = model.bert.blocks[:k]
@@ -371,6 +372,8 @@ def first_blocks(run, k):
 def longer(run):
     """Stage 1 once more, from the weights that it left: a `BertClassifier` that has trained as long as DACT."""
     model = copy.deepcopy(run.stage1)
+    if run.args.head_norm:
+        train.without_dropout(model.bert)
     return kept(run, "longer", model, lambda: fit(run, "longer", model, train.stage1_loss, run.train))
 
 
@@ -384,7 +387,9 @@ def fit(run, name, model, loss, dataset, **changes):
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "checkpoint.pt"
     checkpoint = bert.load_pickle(path) if path.exists() else None
-    train.fit(name, model, loss, dataset, args, run.device, run.precision, checkpoint)
+    # Heads over cached vectors learn in full precision, as those over a backbone do (`dact.DactBert.head`).
+    precision = run.precision if dataset is run.train else "float32"
+    train.fit(name, model, loss, dataset, args, run.device, precision, checkpoint)
     path.unlink()
 
 
@@ -410,7 +415,7 @@ def kept(run, name, model, train_it):
 class EntropyDact(dact.DactBert):
     """DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w_n (H(y_n) - S_n)), H in nats.
 
-    exits: a trained DeeBERT or DACT; its backbone and heads are used and stay frozen. S_n is the threshold of block n,
+    exits: a trained DeeBERT or DACT, whose backbone and heads are used. S_n is the threshold of block n,
     DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT. With a large w
     the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT (on DeeBERT's ramps).
     """
@@ -418,7 +423,6 @@ class EntropyDact(dact.DactBert):
     def __init__(self, exits, tied, threshold, weight=10.0):
         super().__init__(exits.backbone, exits.classifiers[-1])
         self.classifiers, self.read = exits.classifiers, exits.read
-        self.requires_grad_(False)
         halts = [nn.Linear(1, 1) for _ in exits.classifiers]
         for halt in halts:
             nn.init.constant_(halt.weight, weight)
@@ -432,7 +436,7 @@ class EntropyDact(dact.DactBert):
             return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
     def forward(self, logits):
-        """Training, on what the frozen ramps said, logits (B, N, C) -> y (N, B, C), h (N, B)."""
+        """Training of the halts alone, on what the ramps said: logits (B, N, C) -> y (N, B, C), h (N, B)."""
         H = entropy(logits)
         h = [halt(H[:, n : n + 1]).squeeze(-1) for n, halt in enumerate(self.halts)]
         return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
@@ -492,31 +496,41 @@ def over_features(model, features):
     return torch.stack(cls, 1).cpu(), torch.stack(y).cpu(), torch.stack(z).cpu()
 
 
-def dact_at(run, tau, features):
-    """The run's DACT with its halting neurons alone trained anew, by equation (3) at a price `tau`: a `DactBert`.
+def dact_over_tau(run, taus, features):
+    """The run's DACT with its halting neurons alone trained anew, by equation (3), at other prices: {tau: `DactBert`}.
 
     "The training of only the confidence functions" (section 3.1), from the run's own --halt-bias.
     features: a function that gives the `Features` of its backbone over the training set.
     """
-    model = dact.DactBert(run.dact.backbone, run.dact.classifiers[0], run.args.halt_bias).to(run.device)
-    model.classifiers, model.read = run.dact.classifiers, run.dact.read
-    name = f"tau-{tau:g}"
 
-    def train_them():
+    @cache
+    def standardised():
+        """What the neurons learn from, and the mean and deviation (N, D) that were taken out of it."""
+        # CHOICE: standardised numbers, each of each block over the examples, so that three epochs take the neurons
+        # somewhere; then they get weights that make the same of what they will read.
         said = copy.copy(features())
-        cls, y, _ = over_features(model, said)
-        # CHOICE: the neurons learn from standardised numbers, each of each block over the examples, so that three epochs
-        # take them somewhere; then they get weights that make the same of what they will read.
+        cls, y, _ = over_features(run.dact, said)
         mean, deviation = cls.mean(0), cls.std(0).clamp(min=1e-6)
         said.cls = torch.cat([(cls - mean) / deviation, y.transpose(0, 1)], -1)
-        fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said)
-        with torch.no_grad():
-            for halt, m, d in zip(model.halts, mean.to(run.device), deviation.to(run.device)):
-                halt.weight.div_(d)
-                halt.bias.sub_(halt.weight @ m)
+        return said, mean, deviation
 
-    kept(run, name, model.halts, train_them)
-    return model.eval()
+    def at(tau):
+        model = dact.DactBert(run.dact.backbone, run.dact.classifiers[0], run.args.halt_bias).to(run.device)
+        model.classifiers, model.read = run.dact.classifiers, run.dact.read
+        name = f"tau-{tau:g}"
+
+        def train_them():
+            said, mean, deviation = standardised()
+            fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said)
+            with torch.no_grad():
+                for halt, m, d in zip(model.halts, mean.to(run.device), deviation.to(run.device)):
+                    halt.weight.div_(d)
+                    halt.bias.sub_(halt.weight @ m)
+
+        kept(run, name, model.halts, train_them)
+        return model.eval()
+
+    return {tau: at(tau) for tau in taus}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

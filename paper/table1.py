@@ -150,11 +150,11 @@ def measure(run, systems):
     turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
          lambda x: baselines.halted(y, z - x), 40.0, half=N / 2)  # fmt: skip
     highest, H = 1.001 * math.log(len(run.labels)), baselines.entropy(y.clamp(min=1e-30).log())
-    turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).early_exit,
+    turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).to(run.device).early_exit,
          lambda S: baselines.halted(y, STEEP * (H - S)), highest, **targets)  # fmt: skip
     if "tau" in systems:
         of_train = cache(lambda: baselines.Features(run.dact.backbone, run.train, run.device, run.precision))
-        models = {tau: baselines.dact_at(run, tau, of_train) for tau in TAUS}
+        models = baselines.dact_over_tau(run, TAUS, of_train)
         at = {tau: baselines.halted(y, baselines.over_features(model, of_dev)[2]) for tau, model in models.items()}
         nearest(f"DACT, tau nearest {GOALS['half']}", TAUS, lambda tau: models[tau].early_exit, at.get, N / 2)
         curves["DACT, over tau"] = [point(run, *at[tau]) for tau in reversed(TAUS)]
@@ -168,7 +168,9 @@ def measure(run, systems):
         exits, rule = baselines.fastbert(run, features), baselines.speed_rule
         turn("FastBERT", "speed", *by(exits, rule, "speed"), 1.001, **targets)
     if "pabee" in systems:
-        form, simulated = by(baselines.pabee(run), baselines.patience_rule, "t")
+        exits = baselines.pabee(run)
+        turn("PABEE by entropy", "S", *by(exits, baselines.entropy_rule, "S"), highest, **targets)
+        form, simulated = by(exits, baselines.patience_rule, "t")
         for goal, blocks in targets.items():
             nearest(f"PABEE, t nearest {GOALS[goal]}", range(N), form, simulated, blocks)
         curves["PABEE, over t"] = [point(run, *simulated(t)) for t in range(N)]
@@ -229,7 +231,7 @@ def mean_and_deviation(values, results):
 
 
 COLOURS = {"DACT": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",
-           "PABEE": "#CC79A7", "first": "#E69F00"}  # fmt: skip
+           "PABEE": "#CC79A7", "PABEE by entropy": "#999933", "first": "#E69F00"}  # fmt: skip
 MARKS = {"base": ("k", "s"), "DACT, rule (4)": (COLOURS["DACT"], "o"), "DACT, exact rule": (COLOURS["DACT"], "*")}
 
 

@@ -33,8 +33,7 @@ def run_folder(tmp_path_factory):
 @pytest.fixture
 def run(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
-    # bfloat16 rounds an example's answers otherwise in another batch, so exits may differ by it.
-    return baselines.open_run(tmp_path / "run")._replace(precision="float32")
+    return baselines.open_run(tmp_path / "run")
 
 
 def weights(module):
@@ -125,8 +124,10 @@ def test_ramps_on_cached_vectors_are_the_ramps_of_the_model(run):
 
 def test_head_norm_reaches_every_system(run):
     """All heads read on one scale: DACT's as trained, the frozen ramps' over the training set, PABEE's as they train."""
-    batches = 2 * -(-len(run.train) // 32)  # of PABEE's own epoch and the run's stage 2: one each
-    assert run.args.head_norm and run.dact.read.steps == batches / 2 == baselines.pabee(run).read.steps
+    pabee, batches = baselines.pabee(run), -(-len(run.train) // 32)  # one epoch of each
+    assert run.args.head_norm and run.dact.read.steps == batches == pabee.read.steps
+    for model in (pabee.backbone, baselines.longer(run).bert):
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     cls = baselines.train_features(run).cls
     for system in (baselines.deebert, baselines.fastbert):
         for read in (system(run).read, system(run).read):  # trained, and from its file
@@ -153,18 +154,38 @@ def test_the_longer_base_goes_on_from_stage_1(run):
     assert same(before, weights(baselines.longer(run))) and same(before, weights(run.stage1))
 
 
-def test_first_blocks_are_those_of_the_pretrained_model(tmp_path):
+@pytest.mark.parametrize("task", ["rte", "toy"])
+def test_first_blocks_are_those_of_the_pretrained_model(tmp_path, task):
+    """On the toy task, too, if it was given one."""
     model, folder = write_google(tmp_path / "model", google_arrays()), tmp_path / "glue"
     write_glue(folder, "RTE")
-    argv = ["--task", "rte", "--model", model, "--data", folder, "--out", tmp_path / "run", "--epochs", "0.01"]
-    assert train.main([str(word) for word in argv]) == 0
-    run = baselines.open_run(tmp_path / "run", folder)
+    argv = ["--task", task, "--model", model, "--data", folder, "--out", tmp_path / "run", "--epochs", "0.01"]
+    with small_toy_task(16):
+        assert train.main([str(word) for word in argv]) == 0
+        run = baselines.open_run(tmp_path / "run", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit", lambda *args: (run.kept / "first-1" / "checkpoint.pt").write_text(""))
         cut = baselines.first_blocks(run, 1)
     pretrained, _ = bert.load_pretrained(model, 2)
     assert len(cut.bert.blocks) == 1 and cut.bert.config.num_hidden_layers == 1
     assert same(weights(cut.bert), weights(pretrained.bert))
+
+
+def test_precision(run, monkeypatch):
+    """Everything beside a run is in the run's own precision, but for heads over cached vectors: they are in full."""
+    assert run.precision == "float32"
+    metrics = json.loads((run.folder / "metrics.json").read_text()) | {"precision": "bfloat16"}
+    (run.folder / "metrics.json").write_text(json.dumps(metrics))
+    run, used = baselines.open_run(run.folder), {}
+
+    def fit(name, model, loss, dataset, args, device, precision, checkpoint):
+        used[name] = precision
+        (args.out / "checkpoint.pt").write_text("")
+
+    monkeypatch.setattr(train, "fit", fit)
+    for system in (baselines.deebert, baselines.fastbert, baselines.pabee, baselines.longer):
+        system(run)
+    assert used == {"DeeBERT": "float32", "FastBERT": "float32", "PABEE": "bfloat16", "longer": "bfloat16"}
 
 
 def test_an_interrupted_system_goes_on(run, monkeypatch, capsys):
@@ -250,8 +271,7 @@ def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
     exits = baselines.Exits(run.stage1.bert, run.stage1.classifier).eval()
     tied, untied = (baselines.EntropyDact(exits, tied, threshold=0.25, weight=8.0) for tied in (True, False))
     assert tied.thresholds() == pytest.approx([0.25] * 6) == untied.thresholds()
-    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (tied, untied)]
-    assert trained == [2, 12]
+    assert [sum(p.numel() for p in model.halts.parameters()) for model in (tied, untied)] == [2, 12]
     hidden = torch.randn(5, 3, 64)
     y_n, h_n = tied.head(2, hidden)
     H = -(y_n * y_n.log()).sum(1)
@@ -288,17 +308,26 @@ def test_dact_by_entropy(run):
     assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
 
 
-def test_dact_at_another_price(run):
+def test_dact_at_another_price(run, monkeypatch):
     """Neurons alone are trained anew. A block at 5 nats is never worth its price, so all is closed after block 1, and at
     no price all goes on longer. What was trained on standardised vectors reads them as they are, from its file too.
     """
-    heads, exits = weights(run.dact), []
+    heads, exits, said = weights(run.dact), [], []
     features = baselines.Features(run.dact.backbone, run.train, run.device, "float32")
     run.args.epochs, run.args.head_lr = 10, 0.1  # far enough for both ends
-    for tau in (0.0, 5.0):
-        model = baselines.dact_at(run, tau, lambda: features)
+    fit = baselines.fit
+
+    def fit_and_listen(run, name, model, loss, dataset):
+        fit(run, name, model, loss, dataset)
+        with torch.no_grad():
+            said.append(model(dataset.cls)[1])
+
+    monkeypatch.setattr(baselines, "fit", fit_and_listen)
+    for tau, model in baselines.dact_over_tau(run, (0.0, 5.0), lambda: features).items():
         answers = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
-        again = baselines.dact_at(run, tau, None)
+        again = baselines.dact_over_tau(run, (tau,), None)[tau]
+        h = baselines.over_features(again, features)[2].sigmoid()
+        torch.testing.assert_close(h, said[len(exits)], atol=1e-4, rtol=1e-3)
         _, y, z = baselines.over_features(again, baselines.Features(run.dact.backbone, run.dev, run.device, "float32"))
         labels, exit_block = baselines.halted(y, z)
         assert torch.equal(labels, answers.labels)
@@ -356,7 +385,7 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     assert "untied, from S = 0.5" in capsys.readouterr().out
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
     table = (run.folder / "table1.md").read_text()
-    assert table.count("\n| ") == 22 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
+    assert table.count("\n| ") == 24 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
     result = json.loads((run.kept / "table1.json").read_text())
     metrics = baselines.read_metrics(run.folder)
     assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]

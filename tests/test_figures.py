@@ -37,7 +37,7 @@ def run(toy_run):
 
     In float32 on any machine: what is worked out one by one and in batches must be the same to the last example.
     """
-    return baselines.open_run(toy_run)._replace(precision="float32")
+    return baselines.open_run(toy_run)
 
 
 def random_run(run, seed=1):
