@@ -24,6 +24,8 @@ import speed
 DRIVER = """
 import sys
 from dataclasses import replace
+from pathlib import Path
+import torch
 import data, train
 
 def progress(stage, step, *rest, whole=train.progress):
@@ -31,10 +33,14 @@ def progress(stage, step, *rest, whole=train.progress):
         raise KeyboardInterrupt
     whole(stage, step, *rest)
 
+def evaluate(stage1, adaptive, *rest, whole=train.evaluate):
+    torch.save(list(adaptive.buffers()), Path(__file__).with_name(f"buffers-{train.rank()}.pt"))
+    return whole(stage1, adaptive, *rest)
+
 place, make = tuple(sys.argv[1:3]), data.toy_examples
 data.toy_examples = lambda count, seed: make(13 if count == 4096 else 20, seed)
 train.TOY_CONFIG = replace(train.TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-train.progress = progress
+train.progress, train.evaluate = progress, evaluate
 sys.exit(train.main(sys.argv[3:]))
 """
 
@@ -43,8 +49,8 @@ def drive(folder, out, processes=0, place=("", ""), flags=()):
     """Run the driver, under torchrun if `processes` are given: what it printed."""
     (folder / "driver.py").write_text(DRIVER)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    command = [sys.executable, *launch, folder / "driver.py", *place, *flags, "--out", folder / out]
-    command += "--epochs 2 --batch 3 --precision float32".split()
+    command = [sys.executable, *launch, folder / "driver.py", *place, "--out", folder / out]
+    command += [*"--epochs 2 --batch 3 --precision float32".split(), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (place == ("", "")), done.stderr
@@ -71,6 +77,14 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
             assert first[key] == pytest.approx(second[key], abs=1e-4)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert all(one[key] == two[key] for key in ("full", "dact", "rules", "control", "groups"))
+
+
+def test_two_processes_evaluate_with_the_same_scale(tmp_path):
+    """What the heads' scale followed in the last step is each process's own; both go on with the first one's."""
+    drive(tmp_path, "out", 2, flags=["--head-norm", "--epochs", "1.8"])  # in the very last step both have the same row
+    first, second = (torch.load(tmp_path / f"buffers-{rank}.pt") for rank in (0, 1))
+    kept = train.load_run(tmp_path / "out" / "dact.pt", 2, "toy")[0]
+    assert len(first) == 3 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, kept.buffers()))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
