@@ -21,6 +21,7 @@ from pathlib import Path
 
 import baselines
 import matplotlib
+import numpy as np
 import torch
 
 import dact
@@ -236,25 +237,33 @@ MARKS = {"base": ("k", "s"), "DACT, rule (4)": (COLOURS["DACT"], "o"), "DACT, ex
 
 
 def draw(tables, path):
-    """Metric against blocks saved, one panel for each table: a line for each system and seed."""
+    """Metric against blocks saved, one panel for each table: a line for each system, the mean over the seeds."""
     figure, axes = plt.subplots(1, len(tables), figsize=(1 + 4.5 * len(tables), 4.2), squeeze=False)
     for axis, ((task, model, _), results) in zip(axes[0], tables.items()):
         metric = data.TASKS[task].metrics[0]
-        for result in results:
-            for name, points in result["curves"].items():
-                colour = COLOURS[name.split(",")[0]]
-                line = ".:" if name.endswith("bias") else ".-"
-                axis.plot(*zip(*points), line, color=colour, alpha=0.6, linewidth=1, markersize=3, label=name)
-            for row, found in result["rows"].items():
-                if row in MARKS or row.startswith("first"):
-                    colour, mark = MARKS.get(row, (COLOURS["first"], "^"))
-                    axis.plot(found["saved"], found[metric], mark, color=colour, markersize=8, label=row)
+        for name in dict.fromkeys(name for result in results for name in result["curves"]):
+            line = ":" if name.endswith("bias") else "-"
+            curve = mean_curve([result["curves"][name] for result in results if name in result["curves"]])
+            axis.plot(*curve, line, color=COLOURS[name.split(",")[0]], linewidth=1.5, label=name)
+        for row in dict.fromkeys(row for result in results for row in result["rows"]):
+            if row in MARKS or row.startswith("first"):
+                found = [result["rows"][row] for result in results if row in result["rows"]]
+                saved, reached = (np.mean([each[key] for each in found]) for key in ("saved", metric))
+                colour, mark = MARKS.get(row, (COLOURS["first"], "^"))
+                axis.plot(saved, reached, mark, color=colour, markersize=8, label=row)
         axis.axhline(results[0]["rows"]["majority"][metric], color="grey", linestyle=":", label="majority class")
-        axis.set(title=f"{task}, {model}", xlabel="blocks saved (%)", ylabel=f"{metric} (%)")
-        lines = dict(zip(*reversed(axis.get_legend_handles_labels())))  # one entry for all seeds
-        axis.legend(lines.values(), lines.keys(), fontsize=8)
+        seeds = f", mean of {len(results)} seeds" * (len(results) > 1)
+        axis.set(title=f"{task}, {model}{seeds}", xlabel="blocks saved (%)", ylabel=f"{metric} (%)")
+        axis.legend(fontsize=8)
     figure.tight_layout()
     baselines.save_figure(figure, path, dpi=110)
+
+
+def mean_curve(curves):
+    """The mean of curves [[saved, metric]], over as much of the saving as all of them reach: (saved, metric)."""
+    curves = [np.array(sorted(points)).T for points in curves]
+    saved = np.linspace(max(points[0, 0] for points in curves), min(points[0, -1] for points in curves), 60)
+    return saved, np.mean([np.interp(saved, *points) for points in curves], axis=0)
 
 
 if __name__ == "__main__":

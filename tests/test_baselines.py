@@ -413,6 +413,12 @@ def test_a_table_over_seeds():
     assert "| first 6 blocks | 55.0 % (1 of 3) |" in table1.markdown("rte", "m", "tau 0.005", results)
 
 
+def test_the_mean_curve():
+    """It ends where the shorter of the two does: (0 + 10) / 2 at 0, (20 + 20) / 2 at 40."""
+    saved, mean = table1.mean_curve([[[80, 40], [0, 0]], [[40, 20], [20, 20], [0, 10]]])
+    assert (saved[0], saved[-1]) == (0, 40) and (mean[0], mean[-1]) == (5, 20)
+
+
 def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys):
     shutil.copytree(run.folder, tmp_path / "other")
     metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "tau": 0.5}
