@@ -102,7 +102,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         """x of any shape -> the same, in training with a share of about p set to 0 and the others scaled up."""
-        if not self.training or x.device.type != "cpu":
+        if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
