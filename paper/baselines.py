@@ -435,15 +435,22 @@ class EntropyDact(dact.DactBert):
             logits = self.classifiers[n - 1](self.read(n, hidden[:, 0].float()))
             return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
-    def forward(self, logits):
-        """Training of the halts alone, on what the ramps said: logits (B, N, C) -> y (N, B, C), h (N, B)."""
-        H = entropy(logits)
-        h = [halt(H[:, n : n + 1]).squeeze(-1) for n, halt in enumerate(self.halts)]
-        return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
-
     def thresholds(self):
         """S_n = -bias / weight in nats, one for each block."""
         return [(-halt.bias / halt.weight).item() for halt in self.halts]
+
+
+class EntropyNeurons(nn.Module):
+    """The halts of an `EntropyDact` over what the frozen ramps said: logits (B, N, C) -> y (N, B, C), h (N, B)."""
+
+    def __init__(self, halts):
+        super().__init__()
+        self.halts = halts
+
+    def forward(self, logits):
+        H = entropy(logits)
+        h = [halt(H[:, n : n + 1]).squeeze(-1) for n, halt in enumerate(self.halts)]
+        return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
 
 
 def ramp_logits(exits, features):
@@ -466,7 +473,8 @@ def entropy_dact(run, exits, said, tied, threshold):
     name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
     # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
     longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
-    kept(run, name, model.halts, lambda: fit(run, name, model, train.stage2_loss(run.args.tau), said(), **longer))
+    neurons, loss = EntropyNeurons(model.halts), train.stage2_loss(run.args.tau)
+    kept(run, name, model.halts, lambda: fit(run, name, neurons, loss, said(), **longer))
     return model.eval()
 
 
