@@ -145,6 +145,8 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden, mask):
+        if torch.is_autocast_enabled(hidden.device.type):  # here and once, or each of the three would cast it anew
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         q, k, v = (
             linear(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
             for linear in (self.query, self.key, self.value)
