@@ -514,8 +514,8 @@ def dact_over_tau(run, taus, features):
     @cache
     def standardised():
         """What the neurons learn from, and the mean and deviation (N, D) that were taken out of it."""
-        # CHOICE: standardised numbers, each of each block over the examples, so that three epochs take the neurons
-        # somewhere; then they get weights that make the same of what they will read.
+        # CHOICE: standardised numbers, each of each block over the examples, for the neurons to learn from; then they get
+        # weights that make the same of what they will read.
         said = copy.copy(features())
         cls, y, _ = over_features(run.dact, said)
         mean, deviation = cls.mean(0), cls.std(0).clamp(min=1e-6)
@@ -529,7 +529,9 @@ def dact_over_tau(run, taus, features):
 
         def train_them():
             said, mean, deviation = standardised()
-            fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said)
+            # CHOICE: ten times the epochs, as for `entropy_dact`, which over cached vectors cost little: after the
+            # run's own three the neurons are still on their way, and at any price those of RTE saved less than half.
+            fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said, epochs=10 * run.args.epochs)
             with torch.no_grad():
                 for halt, m, d in zip(model.halts, mean.to(run.device), deviation.to(run.device)):
                     halt.weight.div_(d)

@@ -53,7 +53,7 @@ PAPER = {
 # Two runs of one table agree on them
 SETTINGS = "epochs batch max_tokens lr head_lr tau halt_bias head_loss head_norm".split()  # and precision
 STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
-TAUS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # nats a block
+TAUS = (0.005, 0.05, 0.1, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4, 0.5)  # nats a block
 GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
 SYSTEMS = ("tau", "longer", "deebert", "fastbert", "pabee", "first", "half")
 

@@ -316,11 +316,11 @@ def test_dact_at_another_price(run, monkeypatch):
     """
     heads, exits, said = weights(run.dact), [], []
     features = baselines.Features(run.dact.backbone, run.train, run.device, "float32")
-    run.args.epochs, run.args.head_lr = 10, 0.1  # far enough for both ends
+    run.args.epochs, run.args.head_lr = 1, 0.1  # far enough for both ends
     fit = baselines.fit
 
-    def fit_and_listen(run, name, model, loss, dataset):
-        fit(run, name, model, loss, dataset)
+    def fit_and_listen(run, name, model, loss, dataset, **changes):
+        fit(run, name, model, loss, dataset, **changes)
         with torch.no_grad():
             said.append(model(dataset.cls)[1])
 
