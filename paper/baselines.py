@@ -440,17 +440,22 @@ class EntropyDact(dact.DactBert):
         return [(-halt.bias / halt.weight).item() for halt in self.halts]
 
 
-class EntropyNeurons(nn.Module):
-    """The halts of an `EntropyDact` over what the frozen ramps said: logits (B, N, C) -> y (N, B, C), h (N, B)."""
+class Neurons(nn.Module):
+    """Halting neurons over what they read and what the frozen heads said: (B, N, D + C) -> y (N, B, C), h (N, B)."""
 
     def __init__(self, halts):
         super().__init__()
         self.halts = halts
 
-    def forward(self, logits):
-        H = entropy(logits)
-        h = [halt(H[:, n : n + 1]).squeeze(-1) for n, halt in enumerate(self.halts)]
-        return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
+    def forward(self, said):
+        D = self.halts[0].in_features
+        h = [halt(said[:, n, :D]).squeeze(-1) for n, halt in enumerate(self.halts)]
+        return said[..., D:].transpose(0, 1), torch.stack(h).sigmoid()
+
+
+def entropy_and_answer(logits):
+    """What `Neurons` that read the entropy learn from: logits (B, N, C) -> (B, N, 1 + C)."""
+    return torch.cat([entropy(logits)[..., None], logits.softmax(-1)], -1)
 
 
 def ramp_logits(exits, features):
@@ -473,26 +478,18 @@ def entropy_dact(run, exits, said, tied, threshold):
     name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
     # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
     longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
-    neurons, loss = EntropyNeurons(model.halts), train.stage2_loss(run.args.tau)
-    kept(run, name, model.halts, lambda: fit(run, name, neurons, loss, said(), **longer))
+
+    def train_them():
+        dataset = copy.copy(said())
+        dataset.cls = entropy_and_answer(dataset.cls)
+        fit(run, name, Neurons(model.halts), train.stage2_loss(run.args.tau), dataset, **longer)
+
+    kept(run, name, model.halts, train_them)
     return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DACT at another price of a block
-
-
-class Neurons(nn.Module):
-    """Halting neurons over what they read and what the frozen heads said: (B, N, D + C) -> y (N, B, C), h (N, B)."""
-
-    def __init__(self, halts):
-        super().__init__()
-        self.halts = halts
-
-    def forward(self, said):
-        D = self.halts[0].in_features
-        h = [halt(said[:, n, :D]).squeeze(-1) for n, halt in enumerate(self.halts)]
-        return said[..., D:].transpose(0, 1), torch.stack(h).sigmoid()
 
 
 @torch.no_grad()
@@ -530,7 +527,7 @@ def dact_over_tau(run, taus, features):
         def train_them():
             said, mean, deviation = standardised()
             # CHOICE: ten times the epochs, as for `entropy_dact`, which over cached vectors cost little: after the
-            # run's own three the neurons are still on their way, and at any price those of RTE saved less than half.
+            # run's own three the neurons are still on their way, and even at 0.5 nats those of RTE saved less than half.
             fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said, epochs=10 * run.args.epochs)
             with torch.no_grad():
                 for halt, m, d in zip(model.halts, mean.to(run.device), deviation.to(run.device)):

@@ -283,7 +283,9 @@ def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
     torch.testing.assert_close(said.cls.transpose(0, 1), logits, atol=1e-5, rtol=1e-5)
     model = baselines.entropy_dact(run, exits, lambda: said, False, 0.25)
     h = torch.stack([model.head(n, cls[:, None])[1] for n, cls in enumerate(features.cls.unbind(1), start=1)])
-    torch.testing.assert_close(baselines.EntropyNeurons(model.halts)(said.cls)[1], h, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        baselines.Neurons(model.halts)(baselines.entropy_and_answer(said.cls))[1], h, atol=1e-5, rtol=1e-5
+    )
     assert same(before, weights(exits)) and model.thresholds() != pytest.approx([0.25] * 6, abs=1e-4)
 
 
@@ -351,11 +353,11 @@ def test_section_3_1_learns_when_to_stop():
         logits = torch.stack([first, *[torch.tensor([later]).expand(256, 2)] * 2], 1)
         exits = baselines.Exits(SimpleNamespace(blocks=range(3), hidden_size=1), torch.nn.Linear(1, 2))
         model = baselines.EntropyDact(exits, False, 0.5)
-        neurons = baselines.EntropyNeurons(model.halts)
+        neurons = baselines.Neurons(model.halts)
         optimizer = torch.optim.Adam(neurons.parameters(), 0.05)
         for _ in range(100):
             optimizer.zero_grad()
-            train.stage2_loss(5e-3)(neurons, (logits,), labels)[0].backward()
+            train.stage2_loss(5e-3)(neurons, (baselines.entropy_and_answer(logits),), labels)[0].backward()
             optimizer.step()
         learned.append(model.thresholds()[0])
     assert learned[0] > 0.663 and learned[1] < 0.6
