@@ -484,22 +484,27 @@ def all_blocks(scores, N):
 def answer(forms, dataset, batch_size, device, precision):
     """Run a dataset through functions inputs -> `Halted`: {form: Answers}.
 
-    Each batch goes through all forms in turn, so that their times meet the same batches and the same noise.
+    Each batch goes through all forms in turn, so that their times meet the same batches and the same noise; through each
+    twice, and the second time counts. For survivors of an early exit make ever new shapes of batch, and what a device
+    prepares at its first meeting with a shape can cost as much as the work itself.
     Processes share the batches out among them and all get all answers.
     """
     said = {form: torch.zeros(2, len(dataset), dtype=torch.long) for form in forms}
     seconds = dict.fromkeys(forms, 0.0)
-    batches = data.evaluation_batches(dataset.lengths, batch_size)
-    order = [(True, batches[-1])] + [(False, batch) for batch in batches[rank() :: num_processes()]]
+    batches = data.evaluation_batches(dataset.lengths, batch_size)[rank() :: num_processes()]
     # One autocast around all: the weights are cast at their first use and kept in bfloat16 to the end.
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        for warm_up, indices in order:
+        for indices in batches:
             inputs = to_device(dataset.batch(indices)[0], device)
             for form, run_form in forms.items():
-                began = time.perf_counter()
-                halted = run_form(*inputs)
-                said[form][:, indices] = torch.stack([halted.label, halted.exit_block]).cpu()  # waits for the device
-                seconds[form] += 0.0 if warm_up else time.perf_counter() - began
+                for _ in range(2):
+                    began = time.perf_counter()
+                    halted = run_form(*inputs)
+                    said[form][:, indices] = torch.stack(
+                        [halted.label, halted.exit_block]
+                    ).cpu()  # waits for the device
+                    elapsed = time.perf_counter() - began
+                seconds[form] += elapsed
     parts = everyone((said, seconds))
     said = {form: torch.stack([said[form] for said, _ in parts]).amax(0) for form in forms}  # 0: another one's example
     return {form: Answers(*said[form], sum(seconds[form] for _, seconds in parts)) for form in forms}

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import sys
 from functools import partial
@@ -406,7 +407,8 @@ def test_scripts_run_on_the_toy_task(run, capsys):
 
 def test_a_table_over_seeds():
     results = [
-        {"seed": seed, "curves": {}, "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1, "time": 100}
+        {"seed": seed, "curves": {}, "labels": "01",
+         "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1, "time": 100, "answers": "01"}
          for row, value in (("majority", 50), ("base", 60 + seed), ("DACT, rule (4)", 60), ("DACT, exact rule", 61))}}
         for seed in (0, 1, 2)
     ]  # fmt: skip
@@ -414,8 +416,30 @@ def test_a_table_over_seeds():
     assert "seed(s) 0, 1, 2; tau 0.005" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
     assert "| 62.7 %, 50.0 % |" in text  # the paper's DACT on RTE
     assert "| 54.5 %, 63.1 % |" in table1.markdown("rte", "my-roberta", "tau 0.005", results)
-    results[1]["rows"]["first 6 blocks"] = {"accuracy": 55, "saved": 50, "time": 50}
-    assert "| first 6 blocks | 55.0 % (1 of 3) |" in table1.markdown("rte", "m", "tau 0.005", results)
+    results[1]["rows"]["first k blocks"] = {"accuracy": 55, "saved": 50, "time": 50}
+    assert "| first k blocks | 55.0 % (1 of 3) |" in table1.markdown("rte", "m", "tau 0.005", results)
+
+
+def test_what_a_row_has_beyond_dact():
+    """Of 400 examples DACT has 300 right, a row the other 100 and 100 of those: 25 points less.
+
+    1 - 1 = 0 for 100 examples, 0 - 1 for 200, 1 - 0 for 100: mean -0.25, deviation sqrt(0.75 - 0.25²) = 0.83, standard
+    error 0.83 / 20 = 4.15 points, 95 % within 1.96 of them: -25 ± 8.1. Of two seeds that agree on all, the same.
+    """
+    right, wrong = "1", "0"
+    dact_said, row_said = right * 300 + wrong * 100, right * 100 + wrong * 200 + right * 100
+    row, rival = "DeeBERT, S for half the blocks", "DACT by entropy, S for half the blocks"
+    result = {"labels": right * 400, "rows": {row: {"answers": row_said}, rival: {"answers": dact_said}}}
+    for results in ([result], [result] * 2):
+        said = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", table1.beyond(row, results, "accuracy"))
+        difference, low, high = map(float, said.groups())
+        assert difference == -25 and low == pytest.approx(-33.1, abs=1) and high == pytest.approx(-16.9, abs=1)
+    assert table1.beyond(rival, [result], "accuracy") == ""
+    other = {"labels": right * 400, "rows": {row: {"answers": dact_said}, rival: {"answers": dact_said}}}
+    low = float(table1.beyond(row, [result, other], "accuracy").split("(")[1].split()[0])
+    assert table1.beyond(row, [result, other], "accuracy").startswith("-12.5 (") and low < -25  # both draws of one seed
+    assert table1.beyond("DeeBERT, S = 0.50", [result], "accuracy") == ""
+    assert table1.beyond("base", [result], "accuracy") == ""  # rule (4) is not there
 
 
 def test_the_mean_curve():
