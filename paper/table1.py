@@ -91,8 +91,9 @@ def main(argv):
 def measured(folder, data_folder, systems):
     """What there is to say of one run, from its table1.json if that holds these systems (it may hold more).
 
-    {"rows": {row: {metric: %, "saved": %, "seconds": s, "answers": a digit for each dev example}}, "labels": the digits,
-    "curves": {system: [[saved %, metric %]]}, "chosen": {row: x}}
+    {"rows": {row: {metric: %, "saved": %, "seconds": s, "shuffled": %, "answers": a digit for each dev
+    example}}, "labels": the digits, "curves": {system: [[saved %, metric %]]}, "blocks": {system: [% of each block]},
+    "chosen": {row: x}}
     """
     baselines.read_metrics(folder)  # refuses what is no run
     path = baselines.kept_folder(folder) / "table1.json"
@@ -125,6 +126,7 @@ def measure(run, systems):
         longer = baselines.longer(run)
         forms["base, stage 1 twice"] = lambda *inputs: train.all_blocks(longer(*inputs), N)
     curves, chosen, targets = {}, {}, {"half": N / 2, "depth": depth}
+    said = {}  # {system: what each block's head answers (N, n)}
 
     def turn(system, knob, form, simulated, high, **wanted):
         """A system with a knob from 0 to `high`: its curve, and a row for each of `wanted`, {what for: mean blocks}."""
@@ -136,9 +138,10 @@ def measure(run, systems):
         settings = [high, *(baselines.setting(simulated, blocks, high) for blocks in depths), 0.0]
         curves[f"{system}, over {knob}"] = [point(run, *simulated(x)) for x in settings]
 
-    def by(exits, rule, knob):
+    def by(system, exits, rule, knob):
         """Two functions of a rule's knob: the exits' form under it, and what that would leave where."""
         (logits,) = baselines.over_dev(run, exits)
+        said[system] = logits.argmax(-1)
         return (
             lambda x: partial(exits.early_exit, rule=partial(rule, **{knob: x})),
             lambda x: baselines.simulate(logits, partial(rule, **{knob: x})),
@@ -154,6 +157,7 @@ def measure(run, systems):
     _, y, z = baselines.over_features(run.dact, of_dev)
     turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
          lambda x: baselines.halted(y, z - x), 40.0, half=N / 2)  # fmt: skip
+    said["DACT by entropy"] = y.argmax(-1)
     highest, H = 1.001 * math.log(len(run.labels)), baselines.entropy(y.clamp(min=1e-30).log())
     turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).to(run.device).early_exit,
          lambda S: baselines.halted(y, STEEP * (H - S)), highest, **targets)  # fmt: skip
@@ -168,14 +172,14 @@ def measure(run, systems):
         exits, rule = baselines.deebert(run, features), baselines.entropy_rule
         for S in (0.25, 0.5, 0.75):
             forms[f"DeeBERT, S = {S:.2f}"] = partial(exits.early_exit, rule=partial(rule, S=S))
-        turn("DeeBERT", "S", *by(exits, rule, "S"), highest, **targets)
+        turn("DeeBERT", "S", *by("DeeBERT", exits, rule, "S"), highest, **targets)
     if "fastbert" in systems:
         exits, rule = baselines.fastbert(run, features), baselines.speed_rule
-        turn("FastBERT", "speed", *by(exits, rule, "speed"), 1.001, **targets)
+        turn("FastBERT", "speed", *by("FastBERT", exits, rule, "speed"), 1.001, **targets)
     if "pabee" in systems:
         exits = baselines.pabee(run)
-        turn("PABEE by entropy", "S", *by(exits, baselines.entropy_rule, "S"), highest, **targets)
-        form, simulated = by(exits, baselines.patience_rule, "t")
+        turn("PABEE by entropy", "S", *by("PABEE by entropy", exits, baselines.entropy_rule, "S"), highest, **targets)
+        form, simulated = by("PABEE", exits, baselines.patience_rule, "t")
         for goal, blocks in targets.items():
             nearest(f"PABEE, t nearest {GOALS[goal]}", range(N), form, simulated, blocks)
         curves["PABEE, over t"] = [point(run, *simulated(t)) for t in range(N)]
@@ -191,9 +195,15 @@ def measure(run, systems):
         rows[form] |= {"saved": train.blocks_used(answers, N)["saved"], "seconds": answers.seconds}
         rows[form]["time"] = 100 * answers.seconds / answered["base"].seconds
         rows[form]["answers"] = digits(answers.labels)
+        if (system := form.split(",")[0]) in said:
+            rows[form]["shuffled"] = shuffled(said[system], answers.exit_block, partial(first_metric, run))
     majority = torch.full_like(run.dev.labels, run.train.labels.mode().values.item())
     rows["majority"] = train.scores(majority, run.dev.labels, run.args.task)
-    return {"rows": rows, "labels": digits(run.dev.labels), "curves": curves, "chosen": chosen}
+    blocks = {
+        system.removesuffix(" by entropy"): [first_metric(run, labels) for labels in by_block]
+        for system, by_block in said.items()
+    }
+    return {"rows": rows, "labels": digits(run.dev.labels), "curves": curves, "blocks": blocks, "chosen": chosen}
 
 
 def digits(labels):
@@ -201,10 +211,24 @@ def digits(labels):
     return "".join(map(str, labels.tolist()))
 
 
+def first_metric(run, labels):
+    """The task's first metric of answers on the dev set, in percent."""
+    return data.METRICS[data.TASKS[run.args.task].metrics[0]](labels, run.dev.labels)
+
+
 def point(run, labels, exit_block):
     """[blocks saved %, first metric %] of the answers on the dev set."""
-    metric, N = data.METRICS[data.TASKS[run.args.task].metrics[0]], len(run.dact.backbone.blocks)
-    return [100 * (1 - exit_block.double().mean().item() / N), metric(labels, run.dev.labels)]
+    return [100 * (1 - exit_block.double().mean().item() / len(run.dact.backbone.blocks)), first_metric(run, labels)]
+
+
+def shuffled(said, exit_block, score, draws=200):
+    """The metric if chance dealt the same exits out among the examples: beyond it is what the choice of who leaves is worth.
+
+    said (N, n): what each block answers; exit_block (n,); score: labels (n,) -> metric. The mean of so many deals.
+    """
+    rng, n = np.random.default_rng(0), len(exit_block)
+    deals = (exit_block[torch.from_numpy(rng.permutation(n))] for _ in range(draws))
+    return float(np.mean([score(said[exits - 1, torch.arange(n)]) for exits in deals]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,19 +242,32 @@ def markdown(task, model, settings, results):
     seeds = ", ".join(str(result["seed"]) for result in results)
     seconds = ", ".join(f"{result['rows']['base']['seconds']:.1f}" for result in results)
     lines = [f"**{task.upper() if task != 'toy' else task}, {model}**, seed(s) {seeds}; {settings}; base: {seconds} s"]
-    titles = [*metrics, "blocks saved", "time, of base", f"{metrics[0]} beyond DACT's", f"in the paper ({kind})"]
+    titles = [*metrics, "blocks saved", "time, of base", f"{metrics[0]}, exits shuffled", f"{metrics[0]} beyond DACT's",
+              f"in the paper ({kind})"]  # fmt: skip
     lines += ["", f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
     first, last = ["majority", "base"], ["DACT, rule (4)", "DACT, exact rule"]
     rows = dict.fromkeys(row for result in results for row in result["rows"])  # of all: one may lack a system
     for row in [*first, *(row for row in rows if row not in first + last), *last]:
         cells = []
-        for key in (*metrics, "saved", "time"):
+        for key in (*metrics, "saved", "time", "shuffled"):
             values = [result["rows"][row][key] for result in results if key in result["rows"].get(row, ())]
             cells.append(mean_and_deviation(values, len(results)))
         cells.append(beyond(row, results, metrics[0]))
         paper = PAPER[kind].get(task, {}).get(row)
         lines.append(f"| {row} | {' | '.join(cells)} | {f'{paper[0]} %, {paper[1]} %' if paper else ''} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *heads(results, metrics[0])]) + "\n"
+
+
+def heads(results, metric):
+    """The lines of a table of what every block's head reaches by itself, mean over the seeds; none without such."""
+    lines = []
+    for system in dict.fromkeys(system for result in results for system in result["blocks"]):
+        means = np.mean([result["blocks"][system] for result in results if system in result["blocks"]], axis=0)
+        if not lines:
+            numbers = " | ".join(str(n) for n, _ in enumerate(means, start=1))
+            lines = [f"| {metric} of the head of block | {numbers} |", "| --- |" + " ---: |" * len(means)]
+        lines.append(f"| {system} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+    return lines
 
 
 def mean_and_deviation(values, results):

@@ -391,7 +391,7 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     assert "untied, from S = 0.5" in capsys.readouterr().out
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
     table = (run.folder / "table1.md").read_text()
-    assert table.count("\n| ") == 24 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
+    assert table.count("\n| ") == 30 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
     result = json.loads((run.kept / "table1.json").read_text())
     metrics = baselines.read_metrics(run.folder)
     assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
@@ -407,7 +407,7 @@ def test_scripts_run_on_the_toy_task(run, capsys):
 
 def test_a_table_over_seeds():
     results = [
-        {"seed": seed, "curves": {}, "labels": "01",
+        {"seed": seed, "curves": {}, "labels": "01", "blocks": {"DACT": [50, 54 + seed]},
          "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1, "time": 100, "answers": "01"}
          for row, value in (("majority", 50), ("base", 60 + seed), ("DACT, rule (4)", 60), ("DACT, exact rule", 61))}}
         for seed in (0, 1, 2)
@@ -415,6 +415,7 @@ def test_a_table_over_seeds():
     text = table1.markdown("rte", "m", "tau 0.005", results)
     assert "seed(s) 0, 1, 2; tau 0.005" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
     assert "| 62.7 %, 50.0 % |" in text  # the paper's DACT on RTE
+    assert text.endswith("| accuracy of the head of block | 1 | 2 |\n| --- | ---: | ---: |\n| DACT | 50.0 | 55.0 |\n")
     assert "| 54.5 %, 63.1 % |" in table1.markdown("rte", "my-roberta", "tau 0.005", results)
     results[1]["rows"]["first k blocks"] = {"accuracy": 55, "saved": 50, "time": 50}
     assert "| first k blocks | 55.0 % (1 of 3) |" in table1.markdown("rte", "m", "tau 0.005", results)
@@ -440,6 +441,21 @@ def test_what_a_row_has_beyond_dact():
     assert table1.beyond(row, [result, other], "accuracy").startswith("-12.5 (") and low < -25  # both draws of one seed
     assert table1.beyond("DeeBERT, S = 0.50", [result], "accuracy") == ""
     assert table1.beyond("base", [result], "accuracy") == ""  # rule (4) is not there
+
+
+def test_exits_dealt_out_by_chance():
+    """Block 1 is right on 0 and 1 of 4, block 2 on all. Whoever leaves late, 2 of 4 do: (2 + 2 * 2 / 4) / 4 are right.
+
+    A confidence that sends just 0 and 1 out early answers all.
+    """
+    truth = torch.tensor([1, 1, 1, 1])
+    said, exits = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([1, 1, 2, 2])
+
+    def score(labels):
+        return data.METRICS["accuracy"](labels, truth)
+
+    assert score(said[exits - 1, torch.arange(4)]) == 100
+    assert table1.shuffled(said, exits, score, draws=2000) == pytest.approx(75, abs=2)
 
 
 def test_the_mean_curve():
