@@ -217,6 +217,21 @@ def test_small_roberta_on_the_real_rte(tmp_path):
     assert len((tmp_path / "RTE.tsv").read_text().splitlines()) == 3001
 
 
+def test_a_time_is_that_of_the_second_pass_over_a_batch(toy_run, monkeypatch):
+    """By a clock that the form itself turns: a batch that it meets for the first time costs 100 seconds, then 1."""
+    tokenizer = train.load_run(toy_run / "dact.pt", 2, "toy")[1]
+    dev, met, now = data.Dataset(data.toy_examples(50, seed=2), tokenizer, 32, 0), set(), [0.0]
+
+    def form(input_ids, segment_ids, mask):
+        now[0] += 1.0 if input_ids.numpy().tobytes() in met else 100.0
+        met.add(input_ids.numpy().tobytes())
+        return train.all_blocks(mask[:, :2].float(), 6)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    seconds = train.answer({"form": form}, dev, 10, torch.device("cpu"), "float32")["form"].seconds
+    assert seconds == len(met) == 5
+
+
 def test_submitted_answers_are_those_of_early_exit(tmp_path):
     """The test file made a copy of the dev file: the share of right answers is the accuracy that the run measured."""
     (model, _), folder = write_roberta(tmp_path / "model"), tmp_path / "glue"
