@@ -60,13 +60,11 @@ class Run(NamedTuple):
 
 
 def open_run(folder, data_folder=None):
-    """The finished run in a folder; runs/toy is made first if it is not there. Raises data.InputError.
+    """The finished run in a folder. Raises data.InputError.
 
     data_folder: where GLUE's files lie; by default train.py's cache.
     """
     folder = Path(folder)
-    if folder == Path("runs/toy") and not (folder / "metrics.json").exists():
-        train.run(train.parse_arguments(["--resume"]))
     metrics = read_metrics(folder)
     settings = {name: metrics[name] for name, kind in METRICS_JSON.items() if kind is not dict}
     args = argparse.Namespace(**settings, out=folder, data=data_folder)
@@ -84,13 +82,17 @@ def open_run(folder, data_folder=None):
 # The part of metrics.json that is relied on here
 METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
                 "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
-                "head_loss": (int, float), "head_norm": bool, "precision": str, "full": dict, "dact": dict, "rules": dict,
-                "seconds": dict}  # fmt: skip
+                "head_loss": (int, float), "head_norm": bool, "precision": str, "full": dict, "dact": dict, "rules": dict}  # fmt: skip
 
 
 def read_metrics(folder):
-    """The metrics.json of a finished run, checked as far as it is relied on. Raises data.InputError."""
+    """The metrics.json of a finished run, checked as far as it is relied on; runs/toy is made first if it is not there.
+
+    Raises data.InputError.
+    """
     path = Path(folder) / "metrics.json"
+    if Path(folder) == Path("runs/toy") and not path.exists():
+        train.run(train.parse_arguments(["--resume"]))
     if not path.is_file():
         raise data.InputError(f"{path}: no such file; name the folder of a finished run, or make one with train.py")
     try:
@@ -100,10 +102,16 @@ def read_metrics(folder):
         for key, kind in METRICS_JSON.items():
             if not isinstance(found[key], kind) or (kind is not bool and isinstance(found[key], bool)):
                 raise TypeError(f"{key} is {str(found[key])[:40]!r}")
-        for part in (found["full"], *found["rules"].values()):
+        early = [found["dact"], *(found["rules"][rule] for rule in dact.RULES)]
+        for part in (found["full"], *early):
             numbers = [part[name] for name in data.find_task(found["task"]).metrics]
             if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
                 raise ValueError("a metric is no percentage")
+        if found["rule"] not in dact.RULES or found["precision"] not in ("float32", "bfloat16"):
+            raise ValueError(f"rule {found['rule'][:20]!r}, precision {found['precision'][:20]!r}")
+        positive = [found["batch"], found["epochs"], found["max_tokens"], *(part["mean_blocks"] for part in early)]
+        if not all(number > 0 for number in positive) or not 0 <= found["seed"] < 2**32:
+            raise ValueError("a number is out of its range")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise data.InputError(f"{path}: not the metrics of a run ({str(error)[:80]!r}); run train.py again") from None
     return found
@@ -222,12 +230,11 @@ def lowered(model, bias):
     return model
 
 
-def setting(simulated, blocks, high):
-    """The x from 0 to `high` at which a system uses so many blocks on average, by bisection.
+def setting(simulated, blocks, high, low=0.0):
+    """The x from `low` to `high` at which a system uses so many blocks on average, by bisection.
 
     simulated: x -> (labels, exit_block); the more x, the fewer blocks.
     """
-    low = 0.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if simulated(middle)[1].double().mean() > blocks else (low, middle)
@@ -358,7 +365,7 @@ def pabee(run):
 
 
 def first_blocks(run, k):
-    """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned as stage 1 was."""
+    """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned with the run's settings."""
     args = copy.copy(run.args)
     args.model = None if args.model == train.SCRATCH else args.model
     torch.manual_seed(args.seed)
@@ -516,7 +523,7 @@ def dact_over_tau(run, taus, features):
         said = copy.copy(features())
         cls, y, _ = over_features(run.dact, said)
         mean, deviation = cls.mean(0), cls.std(0).clamp(min=1e-6)
-        said.cls = torch.cat([(cls - mean) / deviation, y.transpose(0, 1)], -1)
+        said.cls = torch.cat([cls.sub_(mean).div_(deviation), y.transpose(0, 1)], -1)  # in place: it can take gigabytes
         return said, mean, deviation
 
     def at(tau):
@@ -572,6 +579,9 @@ def command(main):
         main(sys.argv[1:])
     except (data.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; free some of it, or hide it (CUDA_VISIBLE_DEVICES=)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)

@@ -62,19 +62,19 @@ SYSTEMS = ("tau", "longer", "deebert", "fastbert", "pabee", "first")
 
 
 def main(argv):
-    without = {"nargs": "+", "choices": SYSTEMS, "default": [], "help": "leave these systems out"}
+    without = {"nargs": "+", "choices": SYSTEMS, "default": [], "help": "do not train these systems"}
     out = {"help": "folder for table1.md and table1.png (default: that of the first run)"}
     args = baselines.arguments(__doc__, ("--without", without), ("--out", out)).parse_args(argv)
     systems = [system for system in SYSTEMS if system not in args.without]
-    tables = defaultdict(list)
+    tables, seeds = defaultdict(list), set()
+    for folder in args.runs:  # all of them before one is measured, which takes minutes
+        which = table_of(baselines.read_metrics(folder))
+        if which in seeds:
+            raise data.InputError(f"{folder}: a second run of seed {which[-1]} in one table; leave one of them out")
+        seeds.add(which)
     for folder in args.runs:
         result = measured(folder, args.data, systems)
-        table = tables[result["task"], result["model"], result["settings"]]
-        if result["seed"] in (other["seed"] for other in table):
-            raise data.InputError(
-                f"{folder}: a second run of seed {result['seed']} in one table; leave one of them out"
-            )
-        table.append(result)
+        tables[result["task"], result["model"], result["settings"]].append(result)
     out = Path(args.out or args.runs[0])
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(*what, results) for what, results in tables.items())
@@ -88,26 +88,31 @@ def main(argv):
 # One run
 
 
+def table_of(metrics):
+    """(task, model, settings, seed) of a run's metrics: runs that differ in the last alone make one table."""
+    settings = [f"{name.replace('_', ' ')} {metrics[name]:g}" for name in SETTINGS]  # 3 and 3.0 are the same
+    return metrics["task"], Path(metrics["model"]).name, ", ".join([*settings, metrics["precision"]]), metrics["seed"]
+
+
 def measured(folder, data_folder, systems):
     """What there is to say of one run, from its table1.json if that holds these systems (it may hold more).
 
-    {"rows": {row: {metric: %, "saved": %, "seconds": s, "shuffled": %, "answers": a digit for each dev
-    example}}, "labels": the digits, "curves": {system: [[saved %, metric %]]}, "blocks": {system: [% of each block]},
-    "chosen": {row: x}}
+    `table_of` the run, and {"systems": those trained, "rows": {row: {metric: %, "saved": %, "seconds": s, "time": % of the
+    base's, "shuffled": %, "answers": a digit for each dev example}}, "labels": the digits, "curves": {system: [[saved %,
+    metric %]]}, "blocks": {system: [% of each block]}, "chosen": {row: x}}
     """
-    baselines.read_metrics(folder)  # refuses what is no run
+    metrics = baselines.read_metrics(folder)
     path = baselines.kept_folder(folder) / "table1.json"
     if path.exists():
         try:
             found = json.loads(path.read_text())
             if set(systems) <= set(found["systems"]) and found["labels"]:
                 return found
+            systems = [system for system in SYSTEMS if system in {*systems, *found["systems"]}]
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
     run = baselines.open_run(folder, data_folder)
-    result = {"systems": systems, "task": run.args.task, "model": Path(run.args.model).name, "seed": run.args.seed}
-    settings = [f"{name.replace('_', ' ')} {getattr(run.args, name):g}" for name in SETTINGS]  # 3 and 3.0 are the same
-    result["settings"] = ", ".join([*settings, run.args.precision])
+    result = dict(zip(("task", "model", "settings", "seed"), table_of(metrics))) | {"systems": systems}
     result |= measure(run, systems)
     path.parent.mkdir(exist_ok=True)
     train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
@@ -128,11 +133,11 @@ def measure(run, systems):
     curves, chosen, targets = {}, {}, {"half": N / 2, "depth": depth}
     said = {}  # {system: what each block's head answers (N, n)}
 
-    def turn(system, knob, form, simulated, high, **wanted):
-        """A system with a knob from 0 to `high`: its curve, and a row for each of `wanted`, {what for: mean blocks}."""
+    def turn(system, knob, form, simulated, high, low=0.0, **wanted):
+        """A system with a knob: its curve from 0 to `high`, a row for each of `wanted`, {what for: mean blocks}, from `low`."""
         for goal, blocks in wanted.items():
             row = f"{system}, {knob} for {GOALS[goal]}"
-            chosen[row] = baselines.setting(simulated, blocks, high)
+            chosen[row] = baselines.setting(simulated, blocks, high, low)
             forms[row] = form(chosen[row])
         depths = torch.linspace(1, N, 4 * N - 3).tolist()
         settings = [high, *(baselines.setting(simulated, blocks, high) for blocks in depths), 0.0]
@@ -156,7 +161,7 @@ def measure(run, systems):
     of_dev = baselines.Features(run.dact.backbone, run.dev, run.device, run.precision)
     _, y, z = baselines.over_features(run.dact, of_dev)
     turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
-         lambda x: baselines.halted(y, z - x), 40.0, half=N / 2)  # fmt: skip
+         lambda x: baselines.halted(y, z - x), 40.0, -40.0, half=N / 2)  # fmt: skip
     said["DACT by entropy"] = y.argmax(-1)
     highest, H = 1.001 * math.log(len(run.labels)), baselines.entropy(y.clamp(min=1e-30).log())
     turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).to(run.device).early_exit,
@@ -280,10 +285,10 @@ def mean_and_deviation(values, results):
 
 
 def beyond(row, results, metric, draws=1000):
-    """What a row reaches beyond its rival, DACT at as many blocks, in points: "-0.8 (-2.4 to +0.9)".
+    """What a row reaches beyond its rival, in points, and in brackets its 95 % interval: "-0.8 (-2.4 to +0.9)".
 
-    In brackets what 95 % of the draws lie between, if seeds and dev examples are drawn again and again, with replacement:
-    a paired bootstrap.
+    The rival is DACT at about as many blocks; of the base, which runs all, DACT by rule (4). The interval is that of a
+    paired bootstrap: seeds, dev examples and both are drawn again and again, with replacement.
     """
     rival = next((rival for ending, rival in RIVALS.items() if row.endswith(ending)), row)
     both = [result for result in results if {row, rival} <= result["rows"].keys()]
@@ -291,18 +296,24 @@ def beyond(row, results, metric, draws=1000):
         return ""
     labels = torch.tensor([*map(int, both[0]["labels"])])
     said = [[torch.tensor([*map(int, result["rows"][name]["answers"])]) for name in (row, rival)] for result in both]
+    S, E, rng = len(said), len(labels), np.random.default_rng(0)
 
-    def difference(seeds, examples):
+    def difference(seeds=range(S), examples=slice(None)):
         """The mean over the seeds."""
         right = labels[examples]
         reached = [[data.METRICS[metric](answers[examples], right) for answers in said[seed]] for seed in seeds]
         return np.subtract(*np.mean(reached, axis=0))
 
-    rng, n = np.random.default_rng(0), len(labels)
-    drawn = [difference(rng.integers(len(said), size=len(said)), torch.from_numpy(rng.integers(n, size=n)))
-             for _ in range(draws)]  # fmt: skip
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return f"{difference(range(len(said)), slice(None)):+.1f} ({low:+.1f} to {high:+.1f})"
+    drawn = []
+    for _ in range(draws):
+        seeds, examples = rng.integers(S, size=S), torch.from_numpy(rng.integers(E, size=E))
+        drawn.append([difference(seeds), difference(examples=examples), difference(seeds, examples)])
+    of_seeds, of_examples, of_both = np.var(drawn, axis=0)
+    # Both drawn at once would say too much: what is noise of one seed on one example alone is in it three times (Owen,
+    # 2007, "The pigeonhole bootstrap"), and once in each of the other two. This leaves it once.
+    error = math.sqrt(max(2 * (of_seeds + of_examples) - of_both, of_examples))
+    found = difference()
+    return f"{found:+.1f} ({found - 1.96 * error:+.1f} to {found + 1.96 * error:+.1f})"
 
 
 COLOURS = {"DACT": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",

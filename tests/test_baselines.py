@@ -380,8 +380,8 @@ def test_lowered_biases_and_what_is_simulated(run):
     def simulated(bias):
         return baselines.halted(y, h.logit() - bias)
 
-    for blocks in (means[1], 3.0):
-        bias = baselines.setting(simulated, blocks, 40.0)
+    for blocks in (means[1], 3.0, (means[0] + 6) / 2):  # the last asks for more than the run uses
+        bias = baselines.setting(simulated, blocks, 40.0, -40.0)
         more, less = (simulated(x)[1].double().mean().item() for x in (bias - 1e-3, bias + 1e-3))
         assert less <= blocks <= more
 
@@ -403,6 +403,30 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     (run.folder / "dact.pt").unlink()  # what was measured is not measured again
     assert baselines.command(lambda _: table1.main([str(run.folder), "--without", "pabee"])) == 0
     assert capsys.readouterr().out.strip().startswith("**toy")
+
+
+def test_a_table_without_arguments_makes_the_toy_run(run, tmp_path, monkeypatch, capsys):
+    def train_it(args):
+        assert args.task == "toy"
+        shutil.copytree(run.folder, args.out, dirs_exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", train_it)
+    monkeypatch.setattr(table1, "measure", lambda run, systems: {"rows": {}})
+    monkeypatch.setattr(table1, "markdown", lambda *what: "the table")
+    monkeypatch.setattr(table1, "draw", lambda *what: None)
+    assert baselines.command(lambda _: table1.main([])) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs" / "toy" / "table1.md").read_text() == "the table"
+
+
+def test_a_system_more_keeps_the_others(run, monkeypatch):
+    """What a run's table1.json holds is measured again when another system is asked for, and not lost."""
+    asked = []
+    monkeypatch.setattr(table1, "measure", lambda run, systems: asked.append(systems) or {"rows": {}, "labels": "1"})
+    table1.measured(run.folder, None, ["deebert"])
+    table1.measured(run.folder, None, ["tau"])
+    table1.measured(run.folder, None, ["deebert"])
+    assert asked == [["deebert"], ["tau", "deebert"]]
 
 
 def test_a_table_over_seeds():
@@ -443,6 +467,21 @@ def test_what_a_row_has_beyond_dact():
     assert table1.beyond("base", [result], "accuracy") == ""  # rule (4) is not there
 
 
+def test_noise_of_one_seed_on_one_example_counts_once():
+    """Five seeds, 400 examples, each answer right by its own chance of 0.8.
+
+    The difference of two has the variance 2 x 0.8 x 0.2, its mean over 2000 a standard error of 1.26 points.
+    """
+    torch.manual_seed(0)
+    row, rival = "DeeBERT, S for half the blocks", "DACT by entropy, S for half the blocks"
+    results = [
+        {"labels": "1" * 400, "rows": {name: {"answers": table1.digits((torch.rand(400) < 0.8).long())}
+         for name in (row, rival)}} for _ in range(5)
+    ]  # fmt: skip
+    low, high = re.search(r"\((\S+) to (\S+)\)", table1.beyond(row, results, "accuracy")).groups()
+    assert float(high) - float(low) == pytest.approx(2 * 1.96 * 1.26, rel=0.2)
+
+
 def test_exits_dealt_out_by_chance():
     """Block 1 is right on 0 and 1 of 4, block 2 on all. Whoever leaves late, 2 of 4 do: (2 + 2 * 2 / 4) / 4 are right.
 
@@ -464,19 +503,41 @@ def test_the_mean_curve():
     assert (saved[0], saved[-1]) == (0, 40) and (mean[0], mean[-1]) == (5, 20)
 
 
-def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys):
+def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys, monkeypatch):
     shutil.copytree(run.folder, tmp_path / "other")
     metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "tau": 0.5}
     (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
     argv = [str(run.folder), str(tmp_path / "other"), "--without", *table1.SYSTEMS]
     assert baselines.command(lambda _: table1.main(argv)) == 0
     assert capsys.readouterr().out.count("**toy") == 2
+    (run.kept / "table1.json").unlink()
+    monkeypatch.setattr(table1, "measure", None)  # a mistake is found before anything is measured
     assert baselines.command(lambda _: table1.main([str(run.folder), *argv])) == 2
+    monkeypatch.undo()
     assert "a second run of seed 0" in capsys.readouterr().err
     metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "epochs": 1}  # as a default, not 1.0
     (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
     assert baselines.command(lambda _: table1.main(argv)) == 0
     assert capsys.readouterr().out.count("**toy") == 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"rule": "papper"},
+        {"precision": "bf16"},
+        {"batch": 0},
+        {"epochs": -1},
+        {"seed": -1},
+        {"rules": {}},
+        {"dact": {}},
+    ],
+)
+def test_metrics_that_no_run_has(run, broken):
+    path = run.folder / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | broken))
+    with pytest.raises(data.InputError, match="not the metrics of a run"):
+        baselines.read_metrics(run.folder)
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):

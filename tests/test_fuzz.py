@@ -164,10 +164,10 @@ def test_files_of_a_model(tmp_path, name):
 
 def test_metrics(tmp_path):
     file = tmp_path / "metrics.json"
-    rules = {rule: {"accuracy": 66.5, "saved": 20.25} for rule in ("paper", "exact")}
+    rules = {rule: {"accuracy": 66.5, "saved": 20.25, "mean_blocks": 9.5} for rule in ("paper", "exact")}
     whole = {"task": "rte", "model": "m", "seed": 3, "tau": 5e-3, "rule": "paper", "epochs": 3, "batch": 32,
              "max_tokens": 128, "lr": 5e-5, "head_lr": 1e-3, "halt_bias": 8.0, "head_loss": 0.0, "head_norm": False, "precision": "float32",
-             "full": {"accuracy": 65.75}, "dact": rules["paper"], "rules": rules, "seconds": {"stage1": 2.5}}  # fmt: skip
+             "full": {"accuracy": 65.75}, "dact": rules["paper"], "rules": rules}  # fmt: skip
     file.write_text(json.dumps(whole))
     assert baselines.read_metrics(tmp_path) == whole
 
@@ -178,7 +178,8 @@ def test_metrics(tmp_path):
     def is_correct(result, broken):
         """The file has no checksum: what comes back is what it says, and of the kinds that are relied on."""
         same = result == json.loads(broken)
-        return same and -100 <= result["full"]["accuracy"] <= 100 and isinstance(result["seed"], int)
+        blocks = result["rules"][result["rule"]]["mean_blocks"]
+        return same and -100 <= result["full"]["accuracy"] <= 100 and isinstance(result["seed"], int) and blocks > 0
 
     assert outcomes(json.dumps(whole).encode(), read, is_correct) > 0.2 * COUNT
 
