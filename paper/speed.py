@@ -52,19 +52,19 @@ def main(argv):
     for dtype, flops in peaks.items():
         print(f"peak       {flops / 1e9:.1f} GFLOP/s, measured on a product of two {dtype} matrices")
     if precision != "bfloat16":
-        print(f"bfloat16   not run: {reason}; the rows are {precision}")
+        print(f"bfloat16   not run: {reason}; training is timed in {precision}")
     runs = [baselines.open_run(folder, args.data) for folder in args.runs]
+    config, tokenizer = runs[0].stage1.bert.config, runs[0].tokenizer
+    if args.model:
+        model, tokenizer = bert.load_pretrained(args.model, 2)
+        config = model.bert.config
+    dataset = training_set(runs[0], args, tokenizer, config)  # what is wrong with it is said before anything is timed
     print(f"\n{'':<66}{'ratio':>8}{'goal':>10}")
     for run in runs:
         found = sweep(run, sorted({*SIZES, args.batch}), args.repetitions, args.examples)
         show(exit_rows(run, found, args.batch))
         draw(run, found)
-    config, tokenizer = runs[0].stage1.bert.config, runs[0].tokenizer
-    if args.model:
-        model, tokenizer = bert.load_pretrained(args.model, 2)
-        config = model.bert.config
     show(step_rows(config if args.model else BERT_BASE, device, precision, args.repetitions))
-    dataset = training_set(runs[0], args, tokenizer, config)
     show(epoch_rows(config, dataset, args.batch, device, precision, args.repetitions))
     show(loading_rows(args.model, args.repetitions))
     for run in runs:
@@ -110,8 +110,8 @@ def timed(forms, repetitions):
         for name, form in forms.items():
             began = time.perf_counter()
             form()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - began)
     return {name: taken[1:] for name, taken in seconds.items()}
 
@@ -178,7 +178,7 @@ def exit_rows(run, found, batch):
 
     return [
         compared(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", early, ideal, ("<=", 1 / 0.9),
-                 f"{medians(early, ideal)}, {100 * (1 - used):.1f} % of blocks saved"),
+                 f"{medians(early, ideal)}, {100 * (1 - used):.1f} % of blocks saved, {run.precision}"),
         compared(f"{name}: early exit at batch 1 / full depth", alone, full_alone, ("<=", 1.0),
                  medians(alone, full_alone)),
         compared(f"{name}: examples/s at batch {batch} / one at a time, same exit", alone, early, (">=", 3.0),
@@ -242,20 +242,20 @@ def stepper(model, loss_of, device):
     return step
 
 
-def our_step(config, device):
+def our_step(config, device, num_classes=2):
     """`stepper` of stage 1 with random weights."""
-    model = bert.BertClassifier(bert.Bert(config), bert.Classifier(config, 2)).apply(bert.init_weights)
+    model = bert.BertClassifier(bert.Bert(config), bert.Classifier(config, num_classes)).apply(bert.init_weights)
     return stepper(model, lambda *given: train.stage1_loss(*given)[0], device)
 
 
-def their_step(config, device):
+def their_step(config, device, num_classes=2):
     """The same model of `transformers`."""
     import transformers
 
     sizes = asdict(config)
     del sizes["first_position"]
     model = transformers.AutoModelForSequenceClassification.from_config(
-        transformers.BertConfig(**sizes, num_labels=2), attn_implementation="sdpa"
+        transformers.BertConfig(**sizes, num_labels=num_classes), attn_implementation="sdpa"
     )
 
     def loss_of(model, inputs, labels):
@@ -314,7 +314,8 @@ def epoch_rows(config, dataset, batch, device, precision, repetitions):
         reason = "not run: transformers is not installed"
         return [Row(padded, math.nan, (">=", 5.0), reason), Row(dynamic, math.nan, (">=", 1.2), reason)]
     config = replace(config, max_position_embeddings=512, first_position=0)
-    ours, theirs = our_step(config, device), their_step(config, device)
+    num_classes = int(dataset.labels.max()) + 1
+    ours, theirs = (maker(config, device, num_classes) for maker in (our_step, their_step))
     lengths = dataset.lengths
     grouped = spread(data.training_batches(lengths, batch, 0), lengths)
     order = np.random.default_rng(0).permutation(len(lengths))

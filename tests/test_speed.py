@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import CONFIG, google_arrays, write_google
+from fakes import CONFIG, VOCAB, google_arrays, write_google
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,6 +148,20 @@ def test_speed_prints_its_table_and_draws_its_picture(tmp_path, capsys):
         assert float(shown) > 0, line
     assert "GFLOP/s, measured on a product of two float32 matrices" in out
     assert (run / "speed.png").stat().st_size > 10_000
+
+
+def test_an_epoch_of_a_task_of_three_classes():
+    texts = [("a b", "c"), ("d", "e f"), ("b", "c d")] * 2
+    examples, tokenizer = data.Examples(texts, [0, 1, 2] * 2), bert.wordpiece_tokenizer(VOCAB)
+    dataset = data.Dataset(examples, tokenizer, 32, 0)
+    rows = speed.epoch_rows(bert.BertConfig(**CONFIG), dataset, 2, torch.device("cpu"), "float32", 1)
+    assert all(row.ratio > 0 for row in rows)
+
+
+def test_a_task_that_cannot_be_read_is_said_before_anything_is_timed(toy_run, monkeypatch):
+    monkeypatch.setattr(speed, "sweep", None)
+    with pytest.raises(data.InputError, match="the toy tokenizer cannot read rte"):
+        speed.main([str(toy_run), "--task", "rte"])
 
 
 def test_rows_say_what_was_missed_or_not_run(capsys, monkeypatch):
