@@ -60,7 +60,7 @@ def head_entropies(backbone, dataset, batch_size, device):
         hidden = backbone.embed(*inputs)
         for n, block in enumerate(backbone.blocks):
             nats = attention_entropy(block.attention, hidden, mask) * mask[:, None]  # pads ask nothing
-            sums[n] += nats.sum((0, 2)).double().cpu()
+            sums[n] += nats.sum((0, 2)).cpu().double()
             hidden = block(hidden, mask)
     return torch.stack(sums) / int(dataset.lengths.sum())
 
@@ -73,7 +73,8 @@ def uniform_entropy(lengths):
 def reached(run, dataset):
     """The share of a dataset, 0 to 1, on which DACT runs block 1 .. N under the run's rule."""
     forms = {"DACT": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule])}
-    exit_block = train.answer(forms, dataset, run.args.batch, run.device, run.precision)["DACT"].exit_block
+    found = train.answer(forms, dataset, run.args.batch, run.device, run.precision, passes=1)
+    exit_block = found["DACT"].exit_block
     return [(exit_block >= n).double().mean().item() for n in range(1, len(run.dact.backbone.blocks) + 1)]
 
 

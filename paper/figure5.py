@@ -35,7 +35,7 @@ def measure(run, thresholds):
     forms = {name: partial(run.dact.early_exit, rule=rule) for name, rule in rules.items()}
     for S in thresholds:
         forms[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
-    answers = train.answer(forms, run.dev, run.args.batch, run.device, run.precision)
+    answers = train.answer(forms, run.dev, run.args.batch, run.device, run.precision, passes=1)
     N = len(run.dact.backbone.blocks)
     exits = {form: train.blocks_used(found, N)["exit_histogram"] for form, found in answers.items()}
     scores = {form: train.scores(found.labels, run.dev.labels, run.args.task) for form, found in answers.items()}

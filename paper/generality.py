@@ -47,7 +47,8 @@ def report(run, forms, learned):
     print(f"\n{run.folder}: {run.args.task}, seed {run.args.seed}, tau {run.args.tau:g}; learned S in nats")
     for name, thresholds in learned.items():
         print(f"{name:<28}" + " ".join(f"{S:6.3f}" for S in thresholds))
-    for form, answers in train.answer(forms, run.dev, run.args.batch, run.device, run.precision).items():
+    answered = train.answer(forms, run.dev, run.args.batch, run.device, run.precision, passes=1)
+    for form, answers in answered.items():
         scores = train.scores(answers.labels, run.dev.labels, run.args.task)
         saved = train.blocks_used(answers, len(run.dact.backbone.blocks))["saved"]
         line = "".join(f"  {name} {value:5.1f}%" for name, value in scores.items())

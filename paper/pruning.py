@@ -46,16 +46,16 @@ def save_pruned(run, K):
     return path
 
 
-def answers_of(run, models, dataset):
+def answers_of(run, models, dataset, passes=2):
     """{name: train.Answers} of models {name: DactBert} by early exit under the run's rule."""
     forms = {name: partial(model.early_exit, rule=dact.RULES[run.args.rule]) for name, model in models.items()}
-    return train.answer(forms, dataset, run.args.batch, run.device, run.precision)
+    return train.answer(forms, dataset, run.args.batch, run.device, run.precision, passes)
 
 
 def last_block_reached(run):
     """K: the last block that a training example of the run reaches; prints where they leave."""
     N = len(run.dact.backbone.blocks)
-    used = train.blocks_used(answers_of(run, {"DACT": run.dact}, run.train)["DACT"], N)
+    used = train.blocks_used(answers_of(run, {"DACT": run.dact}, run.train, passes=1)["DACT"], N)
     print(f"training   {len(run.train)} examples leave after block 1 .. {N}: {used['exit_histogram']}")
     return max(n for n, count in enumerate(used["exit_histogram"], start=1) if count)
 
