@@ -54,11 +54,10 @@ PAPER = {
 SETTINGS = "epochs batch max_tokens lr head_lr tau halt_bias head_loss head_norm".split()  # and precision
 STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
 TAUS = (0.005, 0.05, 0.1, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4, 0.5)  # nats a block
-GOALS = {"half": "half the blocks", "depth": "DACT's depth"}  # thresholds are chosen for
+HALF, DEPTH = "half the blocks", "DACT's depth"  # what knobs are turned for
 # How a row's name ends: the row of DACT that it is held against
-RIVALS = {"half the blocks": "DACT by entropy, S for half the blocks", "DACT's depth": "DACT, rule (4)",
-          "base": "DACT, rule (4)", "stage 1 twice": "DACT, rule (4)"}  # fmt: skip
-SYSTEMS = ("tau", "longer", "deebert", "fastbert", "pabee", "first")
+RIVALS = {HALF: f"DACT by entropy, S for {HALF}", DEPTH: "DACT, rule (4)", "base": "DACT, rule (4)",
+          "stage 1 twice": "DACT, rule (4)"}  # fmt: skip
 
 
 def main(argv):
@@ -121,94 +120,163 @@ def measured(folder, data_folder, systems):
 
 def measure(run, systems):
     """Train what is asked for, choose thresholds, and run all of it over the dev set, batch by batch in turn."""
-    N, depth = len(run.dact.backbone.blocks), run.metrics["rules"]["paper"]["mean_blocks"]
-    forms = {
-        "base": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
-        "DACT, rule (4)": run.dact.early_exit,
-        "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
-    }
-    if "longer" in systems:
-        longer = baselines.longer(run)
-        forms["base, stage 1 twice"] = lambda *inputs: train.all_blocks(longer(*inputs), N)
-    curves, chosen, targets = {}, {}, {"half": N / 2, "depth": depth}
-    said = {}  # {system: what each block's head answers (N, n)}
+    contest = Contest(run)
+    for enter in (enter_dact, *(SYSTEMS[system] for system in systems)):
+        enter(contest)
+    return contest.results()
 
-    def turn(system, knob, form, simulated, high, low=0.0, **wanted):
-        """A system with a knob: its curve from 0 to `high`, a row for each of `wanted`, {what for: mean blocks}, from `low`."""
-        for goal, blocks in wanted.items():
-            row = f"{system}, {knob} for {GOALS[goal]}"
-            chosen[row] = baselines.setting(simulated, blocks, high, low)
-            forms[row] = form(chosen[row])
-        depths = torch.linspace(1, N, 4 * N - 3).tolist()
+
+class Contest:
+    """The systems of one run's table. Each enters with rows to be measured, and with the curve behind them.
+
+    forms    {row: inputs -> `dact.Halted`}
+    chosen   {row: the setting x of the system's knob}
+    curves   {system, knob: [[blocks saved %, metric %]]}
+    said     {system: what each block's head answers (N, n) about the n dev examples}
+    goals    {what a knob is turned for: mean blocks}
+    """
+
+    def __init__(self, run):
+        self.run, self.N = run, len(run.dact.backbone.blocks)
+        self.goals = {HALF: self.N / 2, DEPTH: run.metrics["rules"]["paper"]["mean_blocks"]}
+        self.forms, self.chosen, self.curves, self.said = {}, {}, {}, {}
+        self.of_dev = baselines.Features(run.dact.backbone, run.dev, run.device, run.precision)
+        _, self.y, self.z = baselines.over_features(run.dact, self.of_dev)
+        self.highest_S = 1.001 * math.log(len(run.labels))
+        # Computed once, and only if ramps have to be trained.
+        self.features = cache(partial(baselines.train_features, run))
+
+    def enter(self, row, form, x):
+        """form: x -> what is to be measured."""
+        self.chosen[row], self.forms[row] = x, form(x)
+
+    def turn(self, system, knob, form, simulated, high, low=0.0, goals=None):
+        """A row for the x from `low` to `high` that uses as many blocks as each goal says, and the curve from `high` to 0.
+
+        simulated: x -> (labels, exit_block); the more x, the fewer blocks.
+        """
+        for goal, blocks in (goals or self.goals).items():
+            self.enter(f"{system}, {knob} for {goal}", form, baselines.setting(simulated, blocks, high, low))
+        depths = torch.linspace(1, self.N, 4 * self.N - 3).tolist()
         settings = [high, *(baselines.setting(simulated, blocks, high) for blocks in depths), 0.0]
-        curves[f"{system}, over {knob}"] = [point(run, *simulated(x)) for x in settings]
+        self.curve(f"{system}, over {knob}", simulated, settings)
 
-    def by(system, exits, rule, knob):
-        """Two functions of a rule's knob: the exits' form under it, and what that would leave where."""
-        (logits,) = baselines.over_dev(run, exits)
-        said[system] = logits.argmax(-1)
+    def nearest(self, system, knob, form, simulated, settings, goals=None):
+        """As `turn`, for a knob of few settings: a row for the one that comes nearest to each goal."""
+        used = {x: simulated(x)[1].double().mean().item() for x in settings}
+        for goal, blocks in (goals or self.goals).items():
+            x = min(settings, key=lambda x: abs(used[x] - blocks))
+            self.enter(f"{system}, {knob} nearest {goal}", form, x)
+        self.curve(f"{system}, over {knob}", simulated, settings)
+
+    def curve(self, name, simulated, settings):
+        """A line of the plot, a point for each setting."""
+        self.curves[name] = [point(self.run, *simulated(x)) for x in settings]
+
+    def by(self, system, exits, rule, knob):
+        """Two functions of a rule's knob: the form of an `Exits` under it, and what that would leave where."""
+        (logits,) = baselines.over_dev(self.run, exits)
+        self.said[system] = logits.argmax(-1)
         return (
             lambda x: partial(exits.early_exit, rule=partial(rule, **{knob: x})),
             lambda x: baselines.simulate(logits, partial(rule, **{knob: x})),
         )
 
-    def nearest(row, knobs, form, simulated, blocks):
-        """A row for the knob, of a few, at which a system's use of blocks is nearest to `blocks`."""
-        used = {x: simulated(x)[1].double().mean().item() for x in knobs}
-        chosen[row] = min(knobs, key=lambda x: abs(used[x] - blocks))
-        forms[row] = form(chosen[row])
+    def results(self):
+        """All forms over the dev set: what `measured` keeps of the run."""
+        run, rows = self.run, {}
+        answered = train.answer(self.forms, run.dev, run.args.batch, run.device, run.precision)
+        for form, answers in answered.items():
+            rows[form] = train.scores(answers.labels, run.dev.labels, run.args.task)
+            rows[form] |= {"saved": train.blocks_used(answers, self.N)["saved"], "seconds": answers.seconds}
+            rows[form]["time"] = 100 * answers.seconds / answered["base"].seconds
+            rows[form]["answers"] = digits(answers.labels)
+            if (system := form.split(",")[0]) in self.said:
+                rows[form]["shuffled"] = shuffled(self.said[system], answers.exit_block, partial(first_metric, run))
+        majority = torch.full_like(run.dev.labels, run.train.labels.mode().values.item())
+        rows["majority"] = train.scores(majority, run.dev.labels, run.args.task)
+        blocks = {
+            system.removesuffix(" by entropy"): [first_metric(run, labels) for labels in by_block]
+            for system, by_block in self.said.items()
+        }
+        return {
+            "rows": rows, "labels": digits(run.dev.labels), "curves": self.curves, "blocks": blocks, "chosen": self.chosen
+        }  # fmt: skip
 
-    of_dev = baselines.Features(run.dact.backbone, run.dev, run.device, run.precision)
-    _, y, z = baselines.over_features(run.dact, of_dev)
-    turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
-         lambda x: baselines.halted(y, z - x), 40.0, -40.0, half=N / 2)  # fmt: skip
-    said["DACT by entropy"] = y.argmax(-1)
-    highest, H = 1.001 * math.log(len(run.labels)), baselines.entropy(y.clamp(min=1e-30).log())
-    turn("DACT by entropy", "S", lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).to(run.device).early_exit,
-         lambda S: baselines.halted(y, STEEP * (H - S)), highest, **targets)  # fmt: skip
-    if "tau" in systems:
-        of_train = cache(lambda: baselines.Features(run.dact.backbone, run.train, run.device, run.precision))
-        models = baselines.dact_over_tau(run, TAUS, of_train)
-        at = {tau: baselines.halted(y, baselines.over_features(model, of_dev)[2]) for tau, model in models.items()}
-        nearest(f"DACT, tau nearest {GOALS['half']}", TAUS, lambda tau: models[tau].early_exit, at.get, N / 2)
-        curves["DACT, over tau"] = [point(run, *at[tau]) for tau in reversed(TAUS)]
-    features = cache(partial(baselines.train_features, run))  # computed once, and only if ramps have to be trained
-    if "deebert" in systems:
-        exits, rule = baselines.deebert(run, features), baselines.entropy_rule
-        for S in (0.25, 0.5, 0.75):
-            forms[f"DeeBERT, S = {S:.2f}"] = partial(exits.early_exit, rule=partial(rule, S=S))
-        turn("DeeBERT", "S", *by("DeeBERT", exits, rule, "S"), highest, **targets)
-    if "fastbert" in systems:
-        exits, rule = baselines.fastbert(run, features), baselines.speed_rule
-        turn("FastBERT", "speed", *by("FastBERT", exits, rule, "speed"), 1.001, **targets)
-    if "pabee" in systems:
-        exits = baselines.pabee(run)
-        turn("PABEE by entropy", "S", *by("PABEE by entropy", exits, baselines.entropy_rule, "S"), highest, **targets)
-        form, simulated = by("PABEE", exits, baselines.patience_rule, "t")
-        for goal, blocks in targets.items():
-            nearest(f"PABEE, t nearest {GOALS[goal]}", range(N), form, simulated, blocks)
-        curves["PABEE, over t"] = [point(run, *simulated(t)) for t in range(N)]
-    if "first" in systems:
-        for goal, blocks in targets.items():
-            row, k = f"first k blocks, k for {GOALS[goal]}", round(blocks)
-            chosen[row], model = k, baselines.first_blocks(run, k)
-            forms[row] = lambda *inputs, model=model, k=k: train.all_blocks(model(*inputs), k)
-    answered = train.answer(forms, run.dev, run.args.batch, run.device, run.precision)
-    rows = {}
-    for form, answers in answered.items():
-        rows[form] = train.scores(answers.labels, run.dev.labels, run.args.task)
-        rows[form] |= {"saved": train.blocks_used(answers, N)["saved"], "seconds": answers.seconds}
-        rows[form]["time"] = 100 * answers.seconds / answered["base"].seconds
-        rows[form]["answers"] = digits(answers.labels)
-        if (system := form.split(",")[0]) in said:
-            rows[form]["shuffled"] = shuffled(said[system], answers.exit_block, partial(first_metric, run))
-    majority = torch.full_like(run.dev.labels, run.train.labels.mode().values.item())
-    rows["majority"] = train.scores(majority, run.dev.labels, run.args.task)
-    blocks = {
-        system.removesuffix(" by entropy"): [first_metric(run, labels) for labels in by_block]
-        for system, by_block in said.items()
+
+def enter_dact(contest):
+    """The base, DACT as stage 2 left it, by a lower bias, and by entropy."""
+    run, y, z, N = contest.run, contest.y, contest.z, contest.N
+    contest.forms |= {
+        "base": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
+        "DACT, rule (4)": run.dact.early_exit,
+        "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
     }
-    return {"rows": rows, "labels": digits(run.dev.labels), "curves": curves, "blocks": blocks, "chosen": chosen}
+    contest.turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
+                 lambda x: baselines.halted(y, z - x), 40.0, -40.0, {HALF: N / 2})  # fmt: skip
+    H = baselines.entropy(y.clamp(min=1e-30).log())
+    contest.said["DACT by entropy"] = y.argmax(-1)
+    contest.turn("DACT by entropy", "S",
+                 lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).to(run.device).early_exit,
+                 lambda S: baselines.halted(y, STEEP * (H - S)), contest.highest_S)  # fmt: skip
+
+
+def enter_tau(contest):
+    """DACT with its halting neurons trained anew, at other prices of a block."""
+    run = contest.run
+    of_train = cache(lambda: baselines.Features(run.dact.backbone, run.train, run.device, run.precision))
+    models = baselines.dact_over_tau(run, TAUS, of_train)
+    at = {
+        tau: baselines.halted(contest.y, baselines.over_features(model, contest.of_dev)[2])
+        for tau, model in models.items()
+    }
+    half = {HALF: contest.N / 2}
+    contest.nearest("DACT", "tau", lambda tau: models[tau].early_exit, at.get, TAUS[::-1], half)
+
+
+def enter_longer(contest):
+    """The base, trained for as long as DACT."""
+    model = baselines.longer(contest.run)
+    contest.forms["base, stage 1 twice"] = lambda *inputs: train.all_blocks(model(*inputs), contest.N)
+
+
+def enter_deebert(contest):
+    """At the thresholds of the paper's table, and at those that use as many blocks as DACT."""
+    exits = baselines.deebert(contest.run, contest.features)
+    form, simulated = contest.by("DeeBERT", exits, baselines.entropy_rule, "S")
+    contest.forms |= {f"DeeBERT, S = {S:.2f}": form(S) for S in (0.25, 0.5, 0.75)}
+    contest.turn("DeeBERT", "S", form, simulated, contest.highest_S)
+
+
+def enter_fastbert(contest):
+    """By its own normalised entropy, the "speed"."""
+    exits = baselines.fastbert(contest.run, contest.features)
+    contest.turn("FastBERT", "speed", *contest.by("FastBERT", exits, baselines.speed_rule, "speed"), 1.001)
+
+
+def enter_pabee(contest):
+    """By patience, and by entropy, which its paper does not do: a control for what the rule is worth."""
+    exits = baselines.pabee(contest.run)
+    by_entropy = contest.by("PABEE by entropy", exits, baselines.entropy_rule, "S")
+    contest.turn("PABEE by entropy", "S", *by_entropy, contest.highest_S)
+    by_patience = contest.by("PABEE", exits, baselines.patience_rule, "t")
+    contest.nearest("PABEE", "t", *by_patience, range(contest.N))
+
+
+def enter_first(contest):
+    """The first k blocks, for both goals."""
+
+    def form(k):
+        model = baselines.first_blocks(contest.run, k)
+        return lambda *inputs: train.all_blocks(model(*inputs), k)
+
+    for goal, blocks in contest.goals.items():
+        contest.enter(f"first k blocks, k for {goal}", form, round(blocks))
+
+
+# What --without takes, in the order of the table
+SYSTEMS = {"tau": enter_tau, "longer": enter_longer, "deebert": enter_deebert, "fastbert": enter_fastbert,
+           "pabee": enter_pabee, "first": enter_first}  # fmt: skip
 
 
 def digits(labels):
@@ -250,9 +318,9 @@ def markdown(task, model, settings, results):
     titles = [*metrics, "blocks saved", "time, of base", f"{metrics[0]}, exits shuffled", f"{metrics[0]} beyond DACT's",
               f"in the paper ({kind})"]  # fmt: skip
     lines += ["", f"| | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
-    first, last = ["majority", "base"], ["DACT, rule (4)", "DACT, exact rule"]
+    first, last = ["majority", "base", "base, stage 1 twice"], ["DACT, rule (4)", "DACT, exact rule"]
     rows = dict.fromkeys(row for result in results for row in result["rows"])  # of all: one may lack a system
-    for row in [*first, *(row for row in rows if row not in first + last), *last]:
+    for row in [*(row for row in first if row in rows), *(row for row in rows if row not in first + last), *last]:
         cells = []
         for key in (*metrics, "saved", "time", "shuffled"):
             values = [result["rows"][row][key] for result in results if key in result["rows"].get(row, ())]
