@@ -396,7 +396,11 @@ def fit(run, name, model, loss, dataset, **changes):
     checkpoint = bert.load_pickle(path) if path.exists() else None
     # Heads over cached vectors learn in full precision, as those over a backbone do (`dact.DactBert.head`).
     precision = run.precision if dataset is run.train else "float32"
-    train.fit(name, model, loss, dataset, args, run.device, precision, checkpoint)
+    try:
+        train.fit(name, model, loss, dataset, args, run.device, precision, checkpoint)
+    except data.InputError as error:
+        what = str(error).partition(";")[0]  # behind it stand flags of train.py
+        raise data.InputError(f"{what}; repeat the command, or delete {args.out} to train {name} anew") from None
     path.unlink()
 
 

@@ -521,6 +521,15 @@ def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys, monkeyp
     assert capsys.readouterr().out.count("**toy") == 1
 
 
+def test_a_system_that_cannot_be_trained_names_no_flags_of_train(run, monkeypatch):
+    def fit(*_):
+        raise data.InputError("the loss is nan at step 3; start again with a smaller --lr")
+
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(data.InputError, match=r"nan at step 3; repeat .*deebert to train DeeBERT anew$"):
+        baselines.deebert(run)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
