@@ -46,6 +46,7 @@ TOY_CONFIG = bert.BertConfig(
 )
 # (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing
 DEFAULTS = {"epochs": (3, 12), "batch": (32, 64), "lr": (5e-5, 1e-3)}
+PRECISIONS = ("float32", "bfloat16")
 
 
 def main(argv=None):
@@ -104,7 +105,7 @@ def parse_arguments(argv):
     add("--rule", choices=dact.RULES, default="paper",
         help="halting rule that answers: (4), or our exact one (default: paper)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
-    add("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on hardware that has it, else float32")
+    add("--precision", choices=PRECISIONS, help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
     add("--resume", action="store_true", help="go on with the interrupted run in --out after its last finished epoch")
     add("--overwrite", action="store_true", help="start again although --out holds a run")

@@ -82,7 +82,8 @@ def open_run(folder, data_folder=None):
 # The part of metrics.json that is relied on here
 METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
                 "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
-                "head_loss": (int, float), "head_norm": bool, "precision": str, "full": dict, "dact": dict, "rules": dict}  # fmt: skip
+                "head_loss": (int, float), "head_norm": bool, "precision": str, "full": dict, "dact": dict,
+                "rules": dict}  # fmt: skip
 
 
 def read_metrics(folder):
@@ -107,7 +108,7 @@ def read_metrics(folder):
             numbers = [part[name] for name in data.find_task(found["task"]).metrics]
             if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
                 raise ValueError("a metric is no percentage")
-        if found["rule"] not in dact.RULES or found["precision"] not in ("float32", "bfloat16"):
+        if found["rule"] not in dact.RULES or found["precision"] not in train.PRECISIONS:
             raise ValueError(f"rule {found['rule'][:20]!r}, precision {found['precision'][:20]!r}")
         positive = [found["batch"], found["epochs"], found["max_tokens"], *(part["mean_blocks"] for part in early)]
         if not all(number > 0 for number in positive) or not 0 <= found["seed"] < 2**32:

@@ -65,15 +65,17 @@ def main(argv):
     out = {"help": "folder for table1.md and table1.png (default: that of the first run)"}
     args = baselines.arguments(__doc__, ("--without", without), ("--out", out)).parse_args(argv)
     systems = [system for system in SYSTEMS if system not in args.without]
-    tables, seeds = defaultdict(list), set()
+    folders = defaultdict(dict)  # {table: {seed: folder}}
     for folder in args.runs:  # all of them before one is measured, which takes minutes
-        which = table_of(baselines.read_metrics(folder))
-        if which in seeds:
-            raise data.InputError(f"{folder}: a second run of seed {which[-1]} in one table; leave one of them out")
-        seeds.add(which)
-    for folder in args.runs:
-        result = measured(folder, args.data, systems)
-        tables[result["task"], result["model"], result["settings"]].append(result)
+        metrics = baselines.read_metrics(folder)
+        table, seed = folders[table_of(metrics)], metrics["seed"]
+        if seed in table:
+            raise data.InputError(f"{folder}: a second run of seed {seed} in one table; leave one of them out")
+        table[seed] = folder
+    tables = {
+        table: [measured(folder, args.data, systems) | {"seed": seed} for seed, folder in runs.items()]
+        for table, runs in folders.items()
+    }
     out = Path(args.out or args.runs[0])
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(*what, results) for what, results in tables.items())
@@ -88,19 +90,18 @@ def main(argv):
 
 
 def table_of(metrics):
-    """(task, model, settings, seed) of a run's metrics: runs that differ in the last alone make one table."""
+    """(task, model, settings) of a run's metrics: runs that differ in nothing but their seed make one table."""
     settings = [f"{name.replace('_', ' ')} {metrics[name]:g}" for name in SETTINGS]  # 3 and 3.0 are the same
-    return metrics["task"], Path(metrics["model"]).name, ", ".join([*settings, metrics["precision"]]), metrics["seed"]
+    return metrics["task"], Path(metrics["model"]).name, ", ".join([*settings, metrics["precision"]])
 
 
 def measured(folder, data_folder, systems):
     """What there is to say of one run, from its table1.json if that holds these systems (it may hold more).
 
-    `table_of` the run, and {"systems": those trained, "rows": {row: {metric: %, "saved": %, "seconds": s, "time": % of the
-    base's, "shuffled": %, "answers": a digit for each dev example}}, "labels": the digits, "curves": {system: [[saved %,
-    metric %]]}, "blocks": {system: [% of each block]}, "chosen": {row: x}}
+    {"systems": those trained, "rows": {row: {metric: %, "saved": %, "seconds": s, "time": % of the base's, "shuffled": %,
+    "answers": a digit for each dev example}}, "labels": the digits, "curves": {system: [[saved %, metric %]]}, "blocks":
+    {system: [% of each block]}, "chosen": {row: x}}
     """
-    metrics = baselines.read_metrics(folder)
     path = baselines.kept_folder(folder) / "table1.json"
     if path.exists():
         try:
@@ -111,8 +112,7 @@ def measured(folder, data_folder, systems):
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{path}: not a file of table1.py; delete it to measure again") from None
     run = baselines.open_run(folder, data_folder)
-    result = dict(zip(("task", "model", "settings", "seed"), table_of(metrics))) | {"systems": systems}
-    result |= measure(run, systems)
+    result = {"systems": systems} | measure(run, systems)
     path.parent.mkdir(exist_ok=True)
     train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     return result
@@ -150,22 +150,23 @@ class Contest:
         """form: x -> what is to be measured."""
         self.chosen[row], self.forms[row] = x, form(x)
 
-    def turn(self, system, knob, form, simulated, high, low=0.0, goals=None):
+    def turn(self, system, knob, form, simulated, high, low=0.0, goals=(HALF, DEPTH)):
         """A row for the x from `low` to `high` that uses as many blocks as each goal says, and the curve from `high` to 0.
 
         simulated: x -> (labels, exit_block); the more x, the fewer blocks.
         """
-        for goal, blocks in (goals or self.goals).items():
-            self.enter(f"{system}, {knob} for {goal}", form, baselines.setting(simulated, blocks, high, low))
+        for goal in goals:
+            x = baselines.setting(simulated, self.goals[goal], high, low)
+            self.enter(f"{system}, {knob} for {goal}", form, x)
         depths = torch.linspace(1, self.N, 4 * self.N - 3).tolist()
         settings = [high, *(baselines.setting(simulated, blocks, high) for blocks in depths), 0.0]
         self.curve(f"{system}, over {knob}", simulated, settings)
 
-    def nearest(self, system, knob, form, simulated, settings, goals=None):
+    def nearest(self, system, knob, form, simulated, settings, goals=(HALF, DEPTH)):
         """As `turn`, for a knob of few settings: a row for the one that comes nearest to each goal."""
         used = {x: simulated(x)[1].double().mean().item() for x in settings}
-        for goal, blocks in (goals or self.goals).items():
-            x = min(settings, key=lambda x: abs(used[x] - blocks))
+        for goal in goals:
+            x = min(settings, key=lambda x: abs(used[x] - self.goals[goal]))
             self.enter(f"{system}, {knob} nearest {goal}", form, x)
         self.curve(f"{system}, over {knob}", simulated, settings)
 
@@ -213,7 +214,7 @@ def enter_dact(contest):
         "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
     }
     contest.turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
-                 lambda x: baselines.halted(y, z - x), 40.0, -40.0, {HALF: N / 2})  # fmt: skip
+                 lambda x: baselines.halted(y, z - x), 40.0, -40.0, (HALF,))  # fmt: skip
     H = baselines.entropy(y.clamp(min=1e-30).log())
     contest.said["DACT by entropy"] = y.argmax(-1)
     contest.turn("DACT by entropy", "S",
@@ -224,14 +225,13 @@ def enter_dact(contest):
 def enter_tau(contest):
     """DACT with its halting neurons trained anew, at other prices of a block."""
     run = contest.run
-    of_train = cache(lambda: baselines.Features(run.dact.backbone, run.train, run.device, run.precision))
+    of_train = partial(baselines.Features, run.dact.backbone, run.train, run.device, run.precision)
     models = baselines.dact_over_tau(run, TAUS, of_train)
     at = {
         tau: baselines.halted(contest.y, baselines.over_features(model, contest.of_dev)[2])
         for tau, model in models.items()
     }
-    half = {HALF: contest.N / 2}
-    contest.nearest("DACT", "tau", lambda tau: models[tau].early_exit, at.get, TAUS[::-1], half)
+    contest.nearest("DACT", "tau", lambda tau: models[tau].early_exit, at.get, TAUS[::-1], (HALF,))
 
 
 def enter_longer(contest):
