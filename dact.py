@@ -8,6 +8,8 @@ Inference stops after the first block at which no later block can change the win
 This file imports torch alone and never BERT: any backbone will do that has an embedding step `embed(*inputs)`, a list
 `blocks` of modules called as `block(hidden, mask)`, and a `hidden_size`.
 
+Where we depart from the paper stands `DIFFERS:`, where it is silent and we picked, `CHOICE:`.
+
 The symbols are the paper's. Shapes: B sequences, C classes, T tokens, D hidden size.
 
     y_n  (B, C)  answer of block n: class probabilities, a softmax        section 3
@@ -19,7 +21,6 @@ The symbols are the paper's. Shapes: B sequences, C classes, T tokens, D hidden 
     tau          the price of a block, in nats of loss                    equation (3)
 """
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -114,8 +115,7 @@ def exact_rule(a, p, d):
     that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later
         1 + D_N >= (1 + D_n) (1 - p_n)^d.
     Safe: if the right side is at least 1, D_N >= 0 and no class overtakes the winner; a lead over the runner-up is a
-    lead over all. (D_N = 0 would be a tie; it takes h = 1 in every later block, where a sigmoid stays below. All of this
-    is exact arithmetic: a lead of less than float32's 1e-7 is rounding, and either rule may go wrong on it.)
+    lead over all. (D_N = 0 would be a tie. It takes y[other] = 1 in a later block, where a softmax stays below 1.)
     Exact: with h = 1 and y = all on the runner-up in every later block, each step above is an equality, so if the right
     side is below 1 there is a future in which the winner falls.
 
@@ -125,7 +125,8 @@ def exact_rule(a, p, d):
     # DIFFERS: (4) bounds winner and runner-up apart, as if one block could give its mass to both. Their difference is
     # what decides, and its bound is tight.
     top, runner_up = a.topk(2, dim=1).values.unbind(1)
-    return (1 + (top - runner_up)) * (1 - p) ** d, torch.ones_like(p)
+    # (1 + lead) q >= 1, written as lead q >= 1 - q. A small p is lost in 1 - q, but not in -expm1(d log(1 - p)).
+    return (top - runner_up) * (1 - p) ** d, -torch.special.xlog1py(d, -p).expm1()
 
 
 RULES = {"paper": paper_rule, "exact": exact_rule}
@@ -177,95 +178,93 @@ def early_exit(backbone, inputs, step):
     return Halted(answers.argmax(1), answers, exit_block)
 
 
-class ReadCls(nn.Module):
-    """What the heads of block n read: its [CLS] vector, as it is, or brought to one scale for all blocks.
+class Scale(nn.Module):
+    """The [CLS] vectors of one block, (B, D), each of their numbers brought to mean 0 and deviation 1 over the examples."""
 
-    In the early blocks of a pretrained BERT [CLS] hardly differs between inputs (by 0.0006 about a mean of 0.06 in block
-    2 of a 12-block model, by 0.17 in block 11): a head that reads it as it is learns a constant, and a halting neuron
-    decides alike for all inputs. With `norm`, each number of the vector is brought from its mean and deviation over the
-    examples to those that it has after the last block, where the classifier of stage 1 knows it.
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("steps", torch.zeros(()))
 
-    mean, var  (N + 1, D)  running over the training of `observe`; the last row is that of the last block once more,
-                           so that it stays if blocks are dropped
+    def forward(self, cls):
+        if self.training:
+            self.follow(cls.detach())
+        return (cls - self.mean) / (self.var + 1e-8).sqrt()  # 1e-8: what differs by less than 1e-4 is rounding
+
+    def follow(self, cls):
+        """Move mean and variance to those of about the last 20 batches."""
+        # CHOICE: not nn.BatchNorm1d, which in training takes those of the batch alone: one example has no variance.
+        self.steps += 1
+        rate = 1 / self.steps.clamp(max=20)
+        self.mean.lerp_(cls.mean(0), rate)
+        self.var.lerp_((cls - self.mean).square().mean(0), rate)
+
+
+class DactModule(nn.Module):
+    """Figure 1: the DACT module of one block, from its [CLS] vectors (B, D) to y_n (B, C) and h_n (B,).
+
+        [CLS] -+-> Linear + ReLU -> Linear + Softmax -> y_n
+               +-> Linear + ReLU -> Linear + Sigmoid -> h_n
     """
 
-    def __init__(self, N, hidden_size, norm=False):
+    START = 2.0  # bias of the halting unit before training
+
+    def __init__(self, size, num_classes):
         super().__init__()
-        self.norm = norm
-        if norm:
-            self.register_buffer("mean", torch.zeros(N + 1, hidden_size))
-            self.register_buffer("var", torch.ones(N + 1, hidden_size))
-            self.register_buffer("steps", torch.zeros(()))
+        # DIFFERS: in the early blocks of a pretrained BERT [CLS] hardly differs between inputs, by 0.0006 in block 2 of
+        # a 12-block model and by 0.17 in block 11. A layer that reads it as it is learns a constant there.
+        self.scale = Scale(size)
+        # CHOICE: the figure gives no width.
+        self.answer = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, num_classes))
+        # DIFFERS: in the figure y_n and h_n share one Linear + ReLU. Halting learns once more when the answers are
+        # done (train.py), and could not move a layer that is theirs.
+        self.halt = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 1))
+        self.reset_halting()
 
-    def forward(self, n, cls):
-        """Block n's (from 1) [CLS] vectors (B, D) -> (B, D)."""
-        if not self.norm:
-            return cls
-        # 1e-8 is a deviation of 1e-4: what differs by less is rounding.
-        ratio = ((self.var[-1] + 1e-8) / (self.var[n - 1] + 1e-8)).sqrt()
-        return self.mean[-1] + (cls - self.mean[n - 1]) * ratio
+    def reset_halting(self):
+        """Untrained halting: h_n = sigmoid(START) = 0.88 for every input."""
+        # CHOICE: flat and open. By (4), twelve such blocks stop at most one block early, so what is saved beyond that
+        # has been learned. At h = 0.5, blocks 1-3 would hold 77 % of a_N and know nothing of the task yet.
+        self.halt[0].reset_parameters()
+        nn.init.zeros_(self.halt[-1].weight)
+        nn.init.constant_(self.halt[-1].bias, self.START)
 
-    @torch.no_grad()
-    def observe(self, cls):
-        """Follow the training: the [CLS] vectors of one batch after every block, N times (B, D)."""
-        if self.norm:
-            # CHOICE: no batch norm. Batches are of like length, and [CLS] knows it: their own means would hide it in
-            # training alone. The statistics run over the last 20 batches or so, and are used a step later (among several
-            # processes those of the first, which DistributedDataParallel hands to the others).
-            cls = torch.stack([*cls, cls[-1]]).to(self.mean.dtype)  # (N + 1, B, D)
-            self.steps += 1
-            rate = 1 / self.steps.clamp(max=20)
-            self.mean.lerp_(cls.mean(1), rate)
-            self.var.lerp_((cls - self.mean[:, None]).square().mean(1), rate)
+    def logits(self, cls):
+        """y_n before its softmax (B, C), h_n before its sigmoid (B,)."""
+        cls = self.scale(cls)
+        return self.answer(cls), self.halt(cls).squeeze(-1)  # Linear + ReLU + Linear, twice
+
+    def forward(self, cls):
+        y_n, h_n = self.logits(cls)
+        return y_n.softmax(-1), h_n.sigmoid()  # a softmax *before* it is accumulated                 (B, C), (B,)
 
 
 class DactBert(nn.Module):
-    """A backbone with a DACT head after every block (figure 1).
+    """A backbone with a DACT module after every block (figure 1).
 
     backbone: see the top of this file; its weights are used, not copied.
-    classifier: a module from [CLS] vectors (B, D) to logits (B, C); each block gets a copy of it as its answer head.
-    halt_bias: where the initial biases of the halting neurons, which fall by 20 over the depth, begin: at block n they
-        are halt_bias - 20 n / N, so that h_n starts at 0.5 after halt_bias / 20 of the blocks. Less of it saves more.
-    head_norm: whether the heads read [CLS] on one scale (`ReadCls`).
     """
 
-    def __init__(self, backbone, classifier, halt_bias=8.0, head_norm=False):
+    def __init__(self, backbone, num_classes):
         super().__init__()
         self.backbone = backbone
-        self.read = ReadCls(len(backbone.blocks), backbone.hidden_size, head_norm)
-        # CHOICE: the paper says "linear layers". As in DeeBERT's off-ramps, on whose code it was built, an answer head
-        # is pooler and linear layer; all start from those of stage 1, the only ones that know the task.
-        self.classifiers = nn.ModuleList(copy.deepcopy(classifier) for _ in backbone.blocks)
-        # PAPER: "a perceptron ... followed by a sigmoid" (section 3.1): one neuron a block.
-        self.halts = nn.ModuleList(nn.Linear(backbone.hidden_size, 1) for _ in backbone.blocks)
-        N = len(self.halts)
-        for n, halt in enumerate(self.halts, start=1):
-            # CHOICE: zero weights and a bias that falls with n: training starts from "go on early, stop late" for every
-            # input. With one bias for all, p_n falls geometrically from the start: at h = 0.5 blocks 1-3 hold 77 % of
-            # a_N, know nothing of the task yet, and the answer can lock at the majority class.
-            nn.init.zeros_(halt.weight)
-            nn.init.constant_(halt.bias, halt_bias - 20 * n / N)
+        self.heads = nn.ModuleList(DactModule(backbone.hidden_size, num_classes) for _ in backbone.blocks)
 
     def head(self, n, hidden):
-        """Block n's (from 1) answer and halting value, read off the [CLS] vector: y_n (B, C), h_n (B,)."""
-        cls = hidden[:, 0].to(self.halts[n - 1].weight.dtype)  # (B, D), back to full precision under autocast
-        with torch.autocast(cls.device.type, enabled=False):  # half precision would round a small p and 1 - p away
-            cls = self.read(n, cls)
-            y_n = self.classifiers[n - 1](cls).softmax(-1)  # a softmax *before* it is accumulated
-            h_n = self.halts[n - 1](cls).squeeze(-1).sigmoid()
-        return y_n, h_n
+        """Block n's (from 1) answer and halting value, read off its hidden states (B, T, D): y_n (B, C), h_n (B,)."""
+        # Half precision would round a small p and 1 - p away, so the head leaves autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.heads[n - 1](hidden[:, 0].to(self.heads[n - 1].scale.mean.dtype))
 
     def forward(self, *inputs):
-        """Training: all N blocks speak. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
+        """Training: all N blocks answer. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
         hidden, mask = self.backbone.embed(*inputs[:-1]), inputs[-1]
-        said, cls = [], []
+        outputs = []
         for n, block in enumerate(self.backbone.blocks, start=1):
             hidden = block(hidden, mask)
-            said.append(self.head(n, hidden))
-            cls.append(hidden[:, 0])
-        if self.training:
-            self.read.observe(cls)
-        return tuple(torch.stack(column) for column in zip(*said))
+            outputs.append(self.head(n, hidden))
+        return tuple(torch.stack(column) for column in zip(*outputs))
 
     def early_exit(self, *inputs, rule=paper_rule):
         """Inference: every sequence leaves the batch at the first block where `rule` holds. Returns `Halted`.

@@ -5,7 +5,8 @@
     python train.py --explain "the tea was not lovely"     a finished run at work on your own sentence
     torchrun --nproc_per_node 2 train.py --task rte        the same on two GPUs, or wherever torchrun starts processes
 
-Stage 1 fine-tunes the backbone and one classifier. Stage 2 starts from it and trains backbone and DACT heads together.
+Stage 1 fine-tunes the backbone and one classifier. Stage 2 starts from it and trains backbone and DACT heads together;
+then the halting units learn once more, alone.
 Shapes: B sequences, C classes, N blocks.
 """
 
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -45,7 +47,7 @@ TOY_CONFIG = bert.BertConfig(
     max_position_embeddings=32,
 )
 # (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing
-DEFAULTS = {"epochs": (3, 12), "batch": (32, 64), "lr": (5e-5, 1e-3)}
+DEFAULTS = {"epochs": (3, 16), "batch": (32, 64), "lr": (5e-5, 4e-4), "head_loss": (1.0, 0.3)}
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -89,19 +91,15 @@ def parse_arguments(argv):
     )
     add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
     add("--out", help="folder that the run leaves (default: runs/TASK)")
-    add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 12)")
+    add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
     add("--batch", type=number(int, 1, 65536), help="sequences in a batch (default: 32, our choice; toy: 64)")
     add("--max-tokens", type=number(int, 8, 65536), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
-    add("--lr", type=rate, help="peak learning rate of all but the DACT heads (default: 5e-5, our choice; toy: 1e-3)")
+    add("--lr", type=rate, help="peak learning rate of all but the DACT heads (default: 5e-5, our choice; toy: 4e-4)")
     add("--head-lr", type=rate, default=1e-3, help="peak learning rate of the DACT heads (default: 1e-3, our choice)")
-    add("--halt-bias", type=number(float, -100, 100), default=8.0,
-        help="B: halting biases start at B - 20 n / N in block n; less saves more (default: 8, our choice)")  # fmt: skip
-    add("--tau", type=number(float, 0, 1e3), default=5e-3,
-        help="price of a block in equation (3), in nats (default: 5e-3, the paper's)")  # fmt: skip
-    add("--head-loss", type=number(float, 0, 1e3), default=0.0,
-        help="weight of every head's own loss in stage 2, beside (3) (default: 0, the paper's)")  # fmt: skip
-    add("--head-norm", action="store_true",
-        help="stage 2: the heads read [CLS] on one scale for all blocks, the backbone has no dropout (default: off)")  # fmt: skip
+    add("--tau", type=number(float, 0, 1e3), default=0.05,
+        help="price of a block in equation (3), in nats (default: 0.05, our choice; the paper's: 5e-3)")  # fmt: skip
+    add("--head-loss", type=number(float, 0, 1e3),
+        help="weight of every head's own loss in stage 2, beside (3) (default: 1; toy: 0.3; the paper's: 0)")  # fmt: skip
     add("--rule", choices=dact.RULES, default="paper",
         help="halting rule that answers: (4), or our exact one (default: paper)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
@@ -147,8 +145,8 @@ def run(args):
             f"{args.out} does not hold the same run for every process; name a folder that all machines share"
         )
     torch.manual_seed(args.seed)
-    behind = checkpoint is not None and checkpoint["stage"] == "stage 2"  # then stage 1 ended, and left its file
-    stage1, tokenizer, name = starting_model(args, args.out / "stage1.pt" if behind else args.stage1)
+    stage_1_is_done = checkpoint is not None and checkpoint["stage"] == "stage 2"  # and left its file
+    stage1, tokenizer, name = starting_model(args, args.out / "stage1.pt" if stage_1_is_done else args.stage1)
     pad_id = stage1.bert.config.pad_token_id
     max_tokens = min(args.max_tokens, stage1.bert.config.max_tokens)
     train, dev = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data))
@@ -160,21 +158,20 @@ def run(args):
 
     header = {"task": args.task, "model": name, "max_tokens": max_tokens}
     header |= {"config": asdict(stage1.bert.config), "tokenizer": tokenizer.to_str()}
-    seconds = {"stage1": 0.0}
+    seconds = checkpoint["seconds"] if checkpoint else {"stage 1": 0.0}
     if checkpoint is None and rank() == 0:
         clear_folder(args, precision)
     stage1.to(device)
-    if behind:
-        seconds["stage1"] = checkpoint["before"]
-    else:
+    if not stage_1_is_done:
         if args.stage1 is None:
-            seconds["stage1"] = fit("stage 1", stage1, stage1_loss, train, args, device, precision, checkpoint)
+            fit("stage 1", stage1, stage1_loss, train, args, device, precision, checkpoint, seconds)
         save(args.out / "stage1.pt", header | {"stage": 1, "state": stage1.state_dict()})
-    adaptive = dact.DactBert(copy.deepcopy(stage1.bert), stage1.classifier, args.halt_bias, args.head_norm).to(device)
-    if args.head_norm:
-        without_dropout(adaptive.backbone)
-    loss, before = stage2_loss(args.tau, args.head_loss), seconds["stage1"]
-    seconds["stage2"] = fit("stage 2", adaptive, loss, train, args, device, precision, checkpoint, before)
+    torch.manual_seed(args.seed)  # stage 2 is the same whether stage 1 ran before it or was read from a file
+    adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.find_task(args.task).labels)).to(device)
+    without_dropout(adaptive.backbone)
+    loss = stage2_loss(args.tau, args.head_loss)
+    fit("stage 2", adaptive, loss, train, args, device, precision, checkpoint, seconds)
+    learn_halting(adaptive, args.tau, train, args, device, precision, seconds=seconds)
     save(args.out / "dact.pt", header | {"stage": 2, "state": adaptive.state_dict()})
 
     N = len(adaptive.backbone.blocks)
@@ -283,8 +280,8 @@ def stage2_loss(tau, head_loss=0.0):
         answer, price = dact.dact_loss(a[-1], h, labels, tau)
         total = answer + price
         if head_loss:
-            # DIFFERS, if asked for: (3) judges a_N alone, so a head learns in proportion to its weight in a_N, and those
-            # behind a closed gate not at all. Here every head also sees the label: the mean over n of L(y_n, label).
+            # DIFFERS: (3) judges a_N alone, so a head learns in proportion to its weight in a_N, and those after a closed
+            # gate not at all. Here every head also sees the label: the mean over n of L(y_n, label).
             total = total + head_loss * dact.dact_loss(y.flatten(0, 1), h, labels.repeat(len(y)), tau)[0]
         return total, price, h.mean()
 
@@ -293,36 +290,95 @@ def stage2_loss(tau, head_loss=0.0):
 
 def without_dropout(backbone):
     """Put all dropout of a backbone at rate 0."""
-    # DIFFERS, if asked for: in the early blocks dropout moves [CLS] 2 to 46 times as far as the input does (by 0.04
-    # against 0.0009 after block 1), so no head there can learn from it.
+    # DIFFERS: in the early blocks dropout moves [CLS] 2 to 46 times as far as the input does (by 0.04 against 0.0009
+    # after block 1), so no head there can learn from it.
     for module in backbone.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+
+
+def learn_halting(model, tau, train, args, device, precision, seconds=None):
+    """Stage 2 goes on: the halting units of a `DactBert` learn once more by (3), alone. seconds: as for `fit`."""
+    # CHOICE: while the answers still change, halting follows them badly: it settles on one or two blocks for all inputs.
+    # Learned anew with everything else as it is now, it depends on the input. On vectors that are computed once this
+    # takes seconds, so it has three times the epochs.
+    args = argparse.Namespace(**vars(args) | {"epochs": 3 * args.epochs})
+    vectors = Features(model.backbone, train, device, precision, most=20_000)
+    torch.manual_seed(args.seed)
+    fit("halting", HaltingAlone(model.heads), stage2_loss(tau), vectors, args, device, "float32", seconds=seconds)
+
+
+class Features:
+    """[CLS] vectors after every block, computed once, for heads that learn on a backbone that does not. As `fit` reads them.
+
+    most: examples that are taken, by default all; each needs 4 N D bytes of memory.
+    """
+
+    def __init__(self, backbone, dataset, device, precision, most=None):
+        backbone.eval()
+        taken = np.sort(np.random.default_rng(0).permutation(len(dataset))[:most])
+        self.labels, self.lengths = dataset.labels[taken], dataset.lengths[taken]
+        self.cls = torch.empty(len(taken), len(backbone.blocks), backbone.hidden_size)
+        for rows in data.evaluation_batches(self.lengths, 64):
+            *inputs, mask = to_device(dataset.batch(taken[rows])[0], device)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                hidden = backbone.embed(*inputs)
+                for n, block in enumerate(backbone.blocks):
+                    hidden = block(hidden, mask)
+                    self.cls[rows, n] = hidden[:, 0].float().cpu()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices):
+        """-> ((cls (B, N, D),), labels (B,))."""
+        return (self.cls[indices],), self.labels[indices]
+
+
+class HaltingAlone(torch.nn.Module):
+    """The heads of a `DactBert` over `Features`: cls (B, N, D) -> y (N, B, C), h (N, B). Halting alone learns, anew."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+        for head in heads:
+            head.reset_halting()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(".halt." in name)
+
+    def train(self, mode=True):
+        return super().train(False)  # the scale on which the heads read stays as it is
+
+    def forward(self, cls):
+        pairs = [head(x) for head, x in zip(self.heads, cls.unbind(1))]
+        return tuple(torch.stack(column) for column in zip(*pairs))
 
 
 def parameter_groups(model, args):
     """For AdamW: decay on matrices only, and a learning rate of their own for the DACT heads."""
     groups = {}
     for name, parameter in model.named_parameters():
-        lr = args.head_lr if name.startswith(("classifiers.", "halts.")) else args.lr
-        groups.setdefault((lr, 0.01 if parameter.ndim > 1 else 0.0), []).append(parameter)
+        if parameter.requires_grad:
+            lr = args.head_lr if name.startswith("heads.") else args.lr
+            groups.setdefault((lr, 0.01 if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": members, "peak_lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 
 
-def fit(stage, model, loss_of, train, args, device, precision, checkpoint=None, before=0.0):
-    """Train `model` in place for args.epochs; prints a line per interval. Returns the seconds it took.
+def fit(stage, model, loss_of, train, args, device, precision, checkpoint=None, seconds=None):
+    """Train `model` in place for args.epochs; prints a line per interval.
 
     Leaves args.out/checkpoint.pt after every epoch. checkpoint: the content of one; if it is of this stage, training
-    goes on behind it, to the same numbers. before: what the stage before took in seconds, for the checkpoint to keep.
+    goes on after it, to the same numbers. seconds: {stage: what its training took}, for the checkpoint to keep.
     """
-    # Stage 2 is the same whether stage 1 ran before it or was read from a file. Each process has a dropout of its own.
-    torch.manual_seed(args.seed + rank())
+    torch.manual_seed(args.seed + rank())  # each process has a dropout of its own
+    seconds = {} if seconds is None else seconds
     per_epoch = -(-len(train) // args.batch)
     steps = max(1, round(args.epochs * per_epoch))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-    done, earlier, interval = 0, 0.0, max(1, steps // 20)
+    done, interval = 0, max(1, steps // 20)
     if checkpoint and checkpoint["stage"] == stage:
-        done, earlier = restore(checkpoint, model, optimizer, device, args.out)
+        done = restore(checkpoint, model, optimizer, device, args.out)
+    earlier = seconds.get(stage, 0.0)
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # the same weights, shared gradients
     began, examples = time.perf_counter(), 0
     sums = []  # (loss, price, mean h) of each step since the last line, left on the device: reading them would stall it
@@ -349,12 +405,13 @@ def fit(stage, model, loss_of, train, args, device, precision, checkpoint=None, 
             rate = examples / elapsed, (step - done) / elapsed
             progress(stage, step, steps, rows.mean(0).tolist(), rate, args.out)
         if epoch_ends:
-            place = {"stage": stage, "step": step, "seconds": earlier + elapsed, "before": before}
-            save_checkpoint(args.out, place, model, optimizer, device)
+            seconds[stage] = earlier + elapsed
+            if stage != "halting":  # which takes seconds, and starts from where stage 2 ended
+                place = {"stage": stage, "step": step, "seconds": seconds}
+                save_checkpoint(args.out, place, model, optimizer, device)
     if dist.is_initialized():
         for buffer in model.buffers():  # what the last step observed differs between processes
             dist.broadcast(buffer, 0)
-    return earlier + time.perf_counter() - began
 
 
 def warm_up_and_decay(step, steps):
@@ -387,7 +444,7 @@ def save_checkpoint(out, place, model, optimizer, device):
 
 
 def restore(checkpoint, model, optimizer, device, out):
-    """Put a checkpoint into a model and its optimizer, cut the log back to it: (steps done, seconds they took)."""
+    """Put a checkpoint into a model and its optimizer, cut the log back to it. Returns the steps done."""
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -400,12 +457,12 @@ def restore(checkpoint, model, optimizer, device, out):
     if rank() == 0:  # what came after the last finished epoch comes again
         os.truncate(out / "log.jsonl", checkpoint["log_bytes"])
     print(f"resumed    {checkpoint['stage']} after step {checkpoint['step']}")
-    return checkpoint["step"], checkpoint["seconds"]
+    return checkpoint["step"]
 
 
 def progress(stage, step, steps, means, rate, out):
     """One aligned line to the terminal and one of JSON to the log. rate: (examples, steps) a second."""
-    halting = {"price": means[1], "mean_h": means[2]} if stage == "stage 2" else {}
+    halting = {"price": means[1], "mean_h": means[2]} if means[2] else {}
     write_log(out, {"stage": stage, "step": step, "loss": means[0], **halting, "examples_per_second": rate[0]}, "a")
     words = "price {price:.4f}  mean h {mean_h:.3f}  ".format(**halting) if halting else ""
     print(
@@ -456,23 +513,49 @@ class Answers(NamedTuple):
 
 
 def evaluate(stage1, adaptive, dev, args, device, precision):
-    """Run the dev set through every form of the model: {form: Answers}.
+    """Run the dev set through every variant of the model: {variant: Answers}.
 
-    Forms: "stage 1", "all blocks" (DACT's a_N), the halting rules, and "control": args.rule with the halting neurons as
-    they were before training. What DACT saves beyond the control it has learned; the rest is where it was started.
+    Variants: "stage 1"; the halting rules; "control", untrained halting: args.rule with the halting units as they were
+    before training. Beside them the classes that "all blocks" say, the winners of DACT's a_N (n,), and that each of
+    "blocks" says, those of every y_n (N, n).
     """
     N = len(adaptive.backbone.blocks)
-    control = dact.DactBert(adaptive.backbone, stage1.classifier, args.halt_bias).to(device)
-    control.classifiers, control.read = adaptive.classifiers, adaptive.read
-    for model in (stage1, adaptive, control):
+    untrained = copy.deepcopy(adaptive, {id(adaptive.backbone): adaptive.backbone})  # but the backbone itself
+    for head in untrained.heads:
+        head.reset_halting()
+    for model in (stage1, adaptive, untrained):
         model.eval()
     forms = {
         "stage 1": lambda *inputs: all_blocks(stage1(*inputs), N),
-        "all blocks": lambda *inputs: all_blocks(dact.accumulate_all(*adaptive(*inputs))[0][-1], N),
         **{name: partial(adaptive.early_exit, rule=rule) for name, rule in dact.RULES.items()},
-        "control": partial(control.early_exit, rule=dact.RULES[args.rule]),
+        "control": partial(untrained.early_exit, rule=dact.RULES[args.rule]),
     }
-    return answer(forms, dev, args.batch, device, precision)
+    y, h = outputs(adaptive, dev, args.batch, device, precision)
+    a, _ = dact.accumulate_all(y, h)
+    return answer(forms, dev, args.batch, device, precision) | {"all blocks": a[-1].argmax(-1), "blocks": y.argmax(-1)}
+
+
+@torch.no_grad()
+def outputs(model, dataset, batch_size, device, precision):
+    """What a model gives of every block for every example: (N, n, ...) on the CPU, one tensor for each of its outputs."""
+    batches, rows = data.evaluation_batches(dataset.lengths, batch_size), []
+    for indices in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            found = model(*to_device(dataset.batch(indices)[0], device))
+        rows.append([x.float().cpu() for x in (found if isinstance(found, tuple) else (found,))])
+    back = torch.cat([torch.as_tensor(indices) for indices in batches]).argsort()
+    return [torch.cat(column, 1)[:, back] for column in zip(*rows)]
+
+
+def dealt_by_chance(blocks, exit_block, score, deals=200):
+    """The score if chance dealt the same exits out among the examples; what is beyond it, the choice of who leaves won.
+
+    blocks (N, n): the class that each block's y_n says; exit_block (n,), from 1; score: labels (n,) -> number. The mean of
+    so many deals.
+    """
+    generator, n = torch.Generator().manual_seed(0), len(exit_block)
+    dealt = (exit_block[torch.randperm(n, generator=generator)] for _ in range(deals))
+    return sum(score(blocks[exits - 1, torch.arange(n)]) for exits in dealt) / deals
 
 
 def all_blocks(scores, N):
@@ -528,7 +611,18 @@ def blocks_used(answers, N):
 
 def same_as_all_blocks(results, rule):
     """On how many examples early exit by `rule` gave the answer of all blocks."""
-    return (results[rule].labels == results["all blocks"].labels).sum().item()
+    return (results[rule].labels == results["all blocks"]).sum().item()
+
+
+def by_chance(results, dev, args, rule="paper"):
+    """{metric: percent} of the exits of `rule` dealt out by chance among the dev examples."""
+
+    def dealt(metric):
+        return dealt_by_chance(
+            results["blocks"], results[rule].exit_block, lambda found: data.METRICS[metric](found, dev.labels)
+        )
+
+    return {metric: dealt(metric) for metric in data.TASKS[args.task].metrics}
 
 
 def by_group(results, dev, args):
@@ -549,22 +643,21 @@ def by_group(results, dev, args):
 def report(results, train, dev, args, N):
     """The tables at the end of a run."""
     metrics = data.TASKS[args.task].metrics
-    majority = Answers(torch.full_like(dev.labels, train.labels.mode().values.item()), torch.zeros(len(dev)), 0.0)
-    full = results["stage 1"]
+    majority = torch.full_like(dev.labels, train.labels.mode().values.item())
+    full, early = results["stage 1"], results["paper"]
     print("\n" + " " * 26 + "".join(f"{name:>10}" for name in metrics) + "   blocks saved   seconds   speed-up")
-    rows = {"majority class": majority, "stage 1, all blocks": full}
-    rows |= {"DACT, rule (4)": results["paper"], "DACT, exact rule": results["exact"]}
-    rows |= {"untrained halting": results["control"]}
-    for title, answers in rows.items():
-        found = scores(answers.labels, dev.labels, args.task)
-        line = f"{title:<26}" + "".join(f"{value:>9.1f}%" for value in found.values())
-        if answers is not majority:
-            saved = blocks_used(answers, N)["saved"]
-            line += f"{saved:>14.1f}%{answers.seconds:>10.2f}{full.seconds / answers.seconds:>10.2f}x"
-        print(line)
+    print_row("majority class", scores(majority, dev.labels, args.task))
+    rows = {"stage 1, all blocks": full, "DACT, rule (4)": early, "DACT, exact rule": results["exact"]}
+    for title, answers in (rows | {"untrained halting": results["control"]}).items():
+        timed = f"{answers.seconds:>10.2f}{full.seconds / answers.seconds:>10.2f}x"
+        print_row(title, scores(answers.labels, dev.labels, args.task), blocks_used(answers, N)["saved"], timed)
+        if answers is early:
+            print_row("  its exits by chance", by_chance(results, dev, args), blocks_used(answers, N)["saved"])
     for rule in dact.RULES:
         same = same_as_all_blocks(results, rule)
         print(f"rule {rule!r}: the answer of all blocks on {same} of {len(dev)} dev examples")
+    left = blocks_used(early, N)["exit_histogram"]
+    print(f"\nby rule (4), so many leave after block 1 to {N}: " + " ".join(map(str, left)))
     if dev.groups:
         print(f"\n{'group':<12}examples   stage 1   DACT ({args.rule} rule)   mean blocks")
         for name, group in by_group(results, dev, args).items():
@@ -572,17 +665,28 @@ def report(results, train, dev, args, N):
             print(f"{name:<12}{group['examples']:>8}{first:>9.1f}%{second:>18.1f}%{group['mean_blocks']:>14.2f}")
 
 
+def print_row(title, found, saved=None, timed=""):
+    """A line of the table: found {metric: percent}, and the blocks saved in percent."""
+    columns = "".join(f"{value:>9.1f}%" for value in found.values())
+    print(f"{title:<26}{columns}" + (f"{saved:>14.1f}%" if saved is not None else "") + timed)
+
+
 def write_metrics(results, seconds, dev, args, name, precision, versions, N):
     """metrics.json: what was run, and what came of it."""
-    forms = {form: scores(answers.labels, dev.labels, args.task) for form, answers in results.items()}
-    rules = {rule: forms[rule] | blocks_used(results[rule], N) for rule in dact.RULES}
+
+    def found(variant):
+        return scores(results[variant].labels, dev.labels, args.task) | blocks_used(results[variant], N)
+
+    rules = {rule: found(rule) for rule in dact.RULES}
     for rule in dact.RULES:
         rules[rule]["same_as_all_blocks"] = same_as_all_blocks(results, rule)
+        rules[rule]["by_chance"] = by_chance(results, dev, args, rule)
+    seconds = {stage.replace(" ", ""): took for stage, took in seconds.items()}
     seconds |= {"dev_full": results["stage 1"].seconds, "dev_early_exit": results[args.rule].seconds}
     content = {
         **settings(args, precision), "model": name, "rule": args.rule,
-        "full": forms["stage 1"], "dact": rules[args.rule], "rules": rules,
-        "control": forms["control"] | blocks_used(results["control"], N), "groups": by_group(results, dev, args),
+        "full": scores(results["stage 1"].labels, dev.labels, args.task), "dact": rules[args.rule], "rules": rules,
+        "control": found("control"), "groups": by_group(results, dev, args),
         "seconds": seconds, "versions": versions,
     }  # fmt: skip
     write_whole(args.out / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -596,7 +700,7 @@ RUN_FILES = ("log.jsonl", "checkpoint.pt", "stage1.pt", "dact.pt", "metrics.json
 
 def settings(args, precision):
     """What decides the numbers of a run, as log.jsonl (so that only its like resumes it) and metrics.json keep it."""
-    names = "task model stage1 epochs batch max_tokens lr head_lr halt_bias tau head_loss head_norm seed".split()
+    names = "task model stage1 epochs batch max_tokens lr head_lr tau head_loss seed".split()
     return {name: getattr(args, name) for name in names} | {"precision": precision, "processes": num_processes()}
 
 
@@ -631,7 +735,7 @@ def find_checkpoint(args, precision):
     if not (args.out / "checkpoint.pt").exists():
         return None
     checkpoint = bert.load_pickle(args.out / "checkpoint.pt")
-    if not isinstance(checkpoint, dict) or not {"stage", "step", "seconds", "before", "log_bytes"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"stage", "step", "seconds", "log_bytes"} <= checkpoint.keys():
         raise InputError(f"{args.out / 'checkpoint.pt'} is no checkpoint; start again with --overwrite")
     return checkpoint
 
@@ -695,12 +799,13 @@ def load_run(path, stage, task):
     config = bert.BertConfig.from_dict(config, str(path))
     if type(max_tokens) is not int or not 1 <= max_tokens <= config.max_tokens:
         raise InputError(f"{path}: max_tokens is {max_tokens!r}, for {config.max_tokens} positions; name another run")
+    num_classes = len(data.find_task(task).labels)
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
-        backbone, classifier = bert.Bert(config), bert.Classifier(config, len(data.find_task(task).labels))
+        backbone = bert.Bert(config)
         if stage == 1:
-            model = bert.BertClassifier(backbone, classifier)
+            model = bert.BertClassifier(backbone, bert.Classifier(config, num_classes))
         else:
-            model = dact.DactBert(backbone, classifier, head_norm=isinstance(state, dict) and "read.mean" in state)
+            model = dact.DactBert(backbone, num_classes)
     try:
         model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, AttributeError):
@@ -756,7 +861,7 @@ def print_equations(y, h, names):
     """The table of `explain`: y (N, 1, C), h (N, 1)."""
     a, p = dact.accumulate_all(y, h)
     N, width, stops = len(y), 6 * len(names) + 1, {}
-    print(f"  n  {'y_n':<{width}} h_n    p_n    {'a_n':<{width}} (4) left >= right   exact left >= 1")
+    print(f"  n  {'y_n':<{width}} h_n    p_n    {'a_n':<{width}} (4) left >= right   exact left >= right")
     for n, (y_n, h_n, a_n, p_n) in enumerate(zip(y, h, a, p), start=1):
         line = f"{n:>3}  {decimals(y_n):<{width}} {decimals(h_n)}  {decimals(p_n)}  {decimals(a_n):<{width}} "
         for name, rule in dact.RULES.items():

@@ -210,8 +210,8 @@ def log_odds(a, label):
 
 
 def halting_value(model, n):
-    """F: the halting neuron of block n before its sigmoid, which would flatten it; above 0 is "go on"."""
-    return lambda hidden, mask: model.halts[n - 1](model.read(n, run_blocks(model, n, hidden, mask)[:, 0])).squeeze(-1)
+    """F: the halting unit of block n before its sigmoid, which would flatten it; above 0 is "go on"."""
+    return lambda hidden, mask: model.heads[n - 1].logits(run_blocks(model, n, hidden, mask)[:, 0])[1]
 
 
 def weight_left(model, n):

@@ -4,7 +4,7 @@
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed the answer
     first k    the backbone cut after block k and fine-tuned: no decision at all
-    DACT at another price: its halting neurons trained anew, all else as stage 2 left it
+    DACT at another price: its halting units trained anew, all else as stage 2 left it
     longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
@@ -19,7 +19,6 @@ import json
 import math
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,9 +80,8 @@ def open_run(folder, data_folder=None):
 
 # The part of metrics.json that is relied on here
 METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
-                "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "halt_bias": (int, float),
-                "head_loss": (int, float), "head_norm": bool, "precision": str, "full": dict, "dact": dict,
-                "rules": dict}  # fmt: skip
+                "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "head_loss": (int, float),
+                "precision": str, "full": dict, "dact": dict, "rules": dict}  # fmt: skip
 
 
 def read_metrics(folder):
@@ -101,7 +99,7 @@ def read_metrics(folder):
         if not isinstance(found, dict):
             raise TypeError("no object")
         for key, kind in METRICS_JSON.items():
-            if not isinstance(found[key], kind) or (kind is not bool and isinstance(found[key], bool)):
+            if not isinstance(found[key], kind) or isinstance(found[key], bool):
                 raise TypeError(f"{key} is {str(found[key])[:40]!r}")
         early = [found["dact"], *(found["rules"][rule] for rule in dact.RULES)]
         for part in (found["full"], *early):
@@ -127,33 +125,33 @@ def kept_folder(folder):
 # A backbone with an answer after every block, and the rules to leave it by
 
 
+def off_ramp(size, num_classes):
+    """What a `dact.DactModule` answers with, boxes and all, without its halting unit: [CLS] (B, D) -> logits (B, C)."""
+    return nn.Sequential(dact.Scale(size), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, num_classes))
+
+
 class Exits(nn.Module):
-    """A backbone with a classifier ("off-ramp") after every block; each starts as a copy of `classifier`.
+    """A backbone with an off-ramp after every block but the last, after which a copy of `classifier` answers."""
 
-    head_norm: whether they read [CLS] on one scale for all blocks (`dact.ReadCls`).
-    """
-
-    def __init__(self, backbone, classifier, head_norm=False):
+    def __init__(self, backbone, classifier):
         super().__init__()
         self.backbone = backbone
-        self.read = dact.ReadCls(len(backbone.blocks), backbone.hidden_size, head_norm)
-        self.classifiers = nn.ModuleList(copy.deepcopy(classifier) for _ in backbone.blocks)
+        size, num_classes = backbone.hidden_size, classifier.linear.out_features
+        ramps = [off_ramp(size, num_classes) for _ in backbone.blocks[:-1]]
+        self.heads = nn.ModuleList([*ramps, copy.deepcopy(classifier)])
 
     def logits(self, n, hidden):
         """Block n's answer, (B, C), always in full precision."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.classifiers[n - 1](self.read(n, hidden[:, 0].float()))
+            return self.heads[n - 1](hidden[:, 0].float())
 
     def forward(self, *inputs):
         """-> logits of all blocks (N, B, C)."""
-        hidden, said, cls = self.backbone.embed(*inputs[:-1]), [], []
+        hidden, logits = self.backbone.embed(*inputs[:-1]), []
         for n, block in enumerate(self.backbone.blocks, start=1):
             hidden = block(hidden, inputs[-1])
-            said.append(self.logits(n, hidden))
-            cls.append(hidden[:, 0])
-        if self.training:
-            self.read.observe(cls)
-        return torch.stack(said)
+            logits.append(self.logits(n, hidden))
+        return torch.stack(logits)
 
     def early_exit(self, *inputs, rule):
         """rule: (logits (B, C), state) -> (halt (B,) bool, state). Returns `dact.Halted` with probabilities."""
@@ -189,17 +187,9 @@ def patience_rule(logits, state, t):
     return count >= t, (label, count)
 
 
-@torch.no_grad()
 def over_dev(run, model):
     """What a model says after every block about every dev example: a tensor (N, examples, ...) for each output."""
-    batches, said = data.evaluation_batches(run.dev.lengths, run.args.batch), []
-    for indices in batches:
-        inputs = (x.to(run.device) for x in run.dev.batch(indices)[0])
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
-            outputs = model(*inputs)
-        said.append([x.float().cpu() for x in (outputs if isinstance(outputs, tuple) else (outputs,))])
-    back = torch.cat([torch.as_tensor(indices) for indices in batches]).argsort()
-    return [torch.cat(column, 1)[:, back] for column in zip(*said)]
+    return train.outputs(model, run.dev, run.args.batch, run.device, run.precision)
 
 
 def simulate(logits, rule):
@@ -223,11 +213,21 @@ def halted(y, z):
     return a[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
 
 
+def answers_of(model):
+    """Of a `DactBert`, the function (n, hidden) -> logits of y_n (B, C)."""
+
+    def logits(n, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return model.heads[n - 1].logits(hidden[:, 0].float())[0]
+
+    return logits
+
+
 def lowered(model, bias):
     """A copy of a `DactBert` whose halting biases are lowered by `bias`: it stops earlier, and as safely."""
     model = copy.deepcopy(model)
-    for halt in model.halts:
-        halt.bias.data -= bias
+    for head in model.heads:
+        head.halt[-1].bias.data -= bias
     return model
 
 
@@ -279,51 +279,17 @@ def as_stage(loss):
 # Training
 
 
-class Features:
-    """The [CLS] vectors of every block of a frozen backbone over a dataset: computed once, trained on many times.
-
-    CHOICE: the frozen backbone runs without dropout, so that its vectors are the same in every epoch and need computing
-    only once (4 N D bytes an example in memory). It offers what `train.fit` asks of a dataset.
-    """
-
-    def __init__(self, backbone, dataset, device, precision, batch_size=64):
-        blocks = len(backbone.blocks)
-        self.cls = torch.zeros(len(dataset), blocks, backbone.hidden_size)
-        self.labels, self.lengths = dataset.labels, dataset.lengths
-        for indices in data.evaluation_batches(dataset.lengths, batch_size):
-            *inputs, mask = (x.to(device) for x in dataset.batch(indices)[0])
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                hidden = backbone.embed(*inputs)
-                for n, block in enumerate(backbone.blocks):
-                    hidden = block(hidden, mask)
-                    self.cls[indices, n] = hidden[:, 0].float().cpu()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def batch(self, indices):
-        """-> ((cls (B, N, D),), labels (B,))."""
-        return (self.cls[indices],), self.labels[indices]
-
-
-def read_all(read, cls):
-    """What the heads of all blocks read: a `dact.ReadCls`, cached vectors (B, N, D) -> N times (B, D)."""
-    return [read(n, x) for n, x in enumerate(cls.unbind(1), start=1)]
-
-
 class Ramps(nn.Module):
-    """The classifiers of an `Exits` over cached vectors: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
+    """The heads of an `Exits` over `train.Features`: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
 
     def __init__(self, exits):
         super().__init__()
-        self.classifiers = exits.classifiers[:-1]
-        self.last = exits.classifiers[-1].requires_grad_(False)
-        self.read = exits.read
+        self.heads = exits.heads[:-1]
+        self.last = exits.heads[-1].requires_grad_(False)
 
     def forward(self, cls):
         self.last.eval()
-        heads = [*self.classifiers, self.last]
-        return torch.stack([head(x) for head, x in zip(heads, read_all(self.read, cls))])
+        return torch.stack([head(x) for head, x in zip([*self.heads, self.last], cls.unbind(1))])
 
 
 def deebert(run, features=None):
@@ -338,30 +304,29 @@ def fastbert(run, features=None):
 
 def ramps(run, features, loss, name):
     """An `Exits` whose ramps alone are trained, and kept."""
-    exits = Exits(run.stage1.bert, run.stage1.classifier, run.args.head_norm).to(run.device)
-    # DIFFERS: the papers start all ramps but the last from nothing (FastBERT's are a self-attention each) at the rate of
-    # the backbone. Here every system has DACT's heads, DACT's start, from stage 1, and DACT's --head-lr for them.
+    # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate of
+    # the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
+    torch.manual_seed(run.args.seed)
+    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
 
     def train_them():
-        dataset = features() if features else train_features(run)
-        exits.read.observe(dataset.cls.transpose(0, 1).to(run.device))  # once, for the backbone does not change
-        fit(run, name, Ramps(exits), as_stage(loss), dataset)
+        fit(run, name, Ramps(exits), as_stage(loss), features() if features else train_features(run))
 
-    kept(run, name, nn.ModuleList([exits.classifiers, exits.read]), train_them)
+    kept(run, name, exits.heads, train_them)
     return exits.eval()
 
 
 def train_features(run):
     """The [CLS] vectors of stage 1's backbone over the training set."""
-    return Features(run.stage1.bert, run.train, run.device, run.precision)
+    return train.Features(run.stage1.bert, run.train, run.device, run.precision)
 
 
 def pabee(run):
     """The run's PABEE: backbone and ramps together."""
     # DIFFERS: from stage 1's weights, as DACT, where the paper starts from the pretrained ones.
-    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier, run.args.head_norm).to(run.device)
-    if run.args.head_norm:
-        train.without_dropout(exits.backbone)
+    torch.manual_seed(run.args.seed)
+    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
+    train.without_dropout(exits.backbone)
     return kept(run, "PABEE", exits, lambda: fit(run, "PABEE", exits, as_stage(pabee_loss), run.train))
 
 
@@ -380,8 +345,7 @@ def first_blocks(run, k):
 def longer(run):
     """Stage 1 once more, from the weights that it left: a `BertClassifier` that has trained as long as DACT."""
     model = copy.deepcopy(run.stage1)
-    if run.args.head_norm:
-        train.without_dropout(model.bert)
+    train.without_dropout(model.bert)
     return kept(run, "longer", model, lambda: fit(run, "longer", model, train.stage1_loss, run.train))
 
 
@@ -427,15 +391,16 @@ def kept(run, name, model, train_it):
 class EntropyDact(dact.DactBert):
     """DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w_n (H(y_n) - S_n)), H in nats.
 
-    exits: a trained DeeBERT or DACT, whose backbone and heads are used. S_n is the threshold of block n,
-    DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in DeeBERT. With a large w
-    the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT (on DeeBERT's ramps).
+    logits: (n, hidden) -> logits of y_n, such as those of a trained DeeBERT or DACT on this backbone. S_n is the
+    threshold of block n, DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in
+    DeeBERT. With a large w the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT
+    (on DeeBERT's ramps).
     """
 
-    def __init__(self, exits, tied, threshold, weight=10.0):
-        super().__init__(exits.backbone, exits.classifiers[-1])
-        self.classifiers, self.read = exits.classifiers, exits.read
-        halts = [nn.Linear(1, 1) for _ in exits.classifiers]
+    def __init__(self, backbone, logits, tied, threshold, weight=10.0):
+        nn.Module.__init__(self)  # no heads of its own
+        self.backbone, self.logits = backbone, logits
+        halts = [nn.Linear(1, 1) for _ in backbone.blocks]
         for halt in halts:
             nn.init.constant_(halt.weight, weight)
             nn.init.constant_(halt.bias, -weight * threshold)
@@ -443,8 +408,8 @@ class EntropyDact(dact.DactBert):
 
     def head(self, n, hidden):
         """y_n (B, C), h_n (B,), as in DACT."""
+        logits = self.logits(n, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.classifiers[n - 1](self.read(n, hidden[:, 0].float()))
             return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
     def thresholds(self):
@@ -452,51 +417,39 @@ class EntropyDact(dact.DactBert):
         return [(-halt.bias / halt.weight).item() for halt in self.halts]
 
 
-class Neurons(nn.Module):
-    """Halting neurons over what they read and what the frozen heads said: (B, N, D + C) -> y (N, B, C), h (N, B)."""
+class EntropyAlone(nn.Module):
+    """The halting values of an `EntropyDact` over cached answers: logits (B, N, C) -> y (N, B, C), h (N, B)."""
 
     def __init__(self, halts):
         super().__init__()
-        self.halts = halts
+        self.heads = halts
 
-    def forward(self, said):
-        D = self.halts[0].in_features
-        h = [halt(said[:, n, :D]).squeeze(-1) for n, halt in enumerate(self.halts)]
-        return said[..., D:].transpose(0, 1), torch.stack(h).sigmoid()
-
-
-def entropy_and_answer(logits):
-    """What `Neurons` that read the entropy learn from: logits (B, N, C) -> (B, N, 1 + C)."""
-    return torch.cat([entropy(logits)[..., None], logits.softmax(-1)], -1)
+    def forward(self, logits):
+        h = [halt(entropy(x)[:, None]).squeeze(-1) for halt, x in zip(self.heads, logits.unbind(1))]
+        return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
 
 
 def ramp_logits(exits, features):
-    """A dataset like `features`, of the frozen ramps' logits (B, N, C) in the place of what they read."""
-    said = copy.copy(features)
+    """A dataset like `features`, of the frozen ramps' logits (B, N, C) in the place of the [CLS] vectors."""
+    logits = copy.copy(features)
+    device = next(exits.parameters()).device
     with torch.no_grad():
-        device = next(exits.parameters()).device
-        cls = read_all(exits.read, features.cls.to(device))
-        logits = [head(x).cpu() for head, x in zip(exits.classifiers, cls)]
-    said.cls = torch.stack(logits, 1)
-    return said
+        answers = [head(x.to(device)).cpu() for head, x in zip(exits.eval().heads, features.cls.unbind(1))]
+    logits.cls = torch.stack(answers, 1)
+    return logits
 
 
-def entropy_dact(run, exits, said, tied, threshold):
+def entropy_dact(run, exits, logits, tied, threshold):
     """The third stage of section 3.1: only the confidence functions are trained, by equation (3), from a start S.
 
-    said: a function that gives the `ramp_logits` of the training set.
+    logits: a function that gives the `ramp_logits` of the training set.
     """
-    model = EntropyDact(exits, tied, threshold).to(run.device)
+    model = EntropyDact(exits.backbone, exits.logits, tied, threshold).to(run.device)
     name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
     # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
     longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
-
-    def train_them():
-        dataset = copy.copy(said())
-        dataset.cls = entropy_and_answer(dataset.cls)
-        fit(run, name, Neurons(model.halts), train.stage2_loss(run.args.tau), dataset, **longer)
-
-    kept(run, name, model.halts, train_them)
+    loss = train.stage2_loss(run.args.tau)
+    kept(run, name, model.halts, lambda: fit(run, name, EntropyAlone(model.halts), loss, logits(), **longer))
     return model.eval()
 
 
@@ -506,47 +459,27 @@ def entropy_dact(run, exits, said, tied, threshold):
 
 @torch.no_grad()
 def over_features(model, features):
-    """A `DactBert`'s heads over cached vectors: what they read (n, N, D), y (N, n, C), and z (N, n), h before the sigmoid."""
-    cls = read_all(model.read, features.cls.to(model.halts[0].weight.device))
-    y = [head(x).softmax(-1) for head, x in zip(model.classifiers, cls)]
-    z = [halt(x).squeeze(-1) for halt, x in zip(model.halts, cls)]
-    return torch.stack(cls, 1).cpu(), torch.stack(y).cpu(), torch.stack(z).cpu()
+    """A `DactBert`'s heads over cached vectors: logits of y (N, n, C), and z (N, n), h before the sigmoid."""
+    device = next(model.parameters()).device
+    pairs = [head.logits(x.to(device)) for head, x in zip(model.heads, features.cls.unbind(1))]
+    return tuple(torch.stack(column).cpu() for column in zip(*pairs))
 
 
 def dact_over_tau(run, taus, features):
-    """The run's DACT with its halting neurons alone trained anew, by equation (3), at other prices: {tau: `DactBert`}.
+    """The run's DACT with its halting units alone trained anew, by equation (3), at other prices: {tau: `DactBert`}.
 
-    "The training of only the confidence functions" (section 3.1), from the run's own --halt-bias.
-    features: a function that gives the `Features` of its backbone over the training set.
+    "The training of only the confidence functions" (section 3.1). features: a function that gives the `train.Features`
+    of its backbone over the training set.
     """
 
-    @cache
-    def standardised():
-        """What the neurons learn from, and the mean and deviation (N, D) that were taken out of it."""
-        # CHOICE: standardised numbers, each of each block over the examples, for the neurons to learn from; then they get
-        # weights that make the same of what they will read.
-        said = copy.copy(features())
-        cls, y, _ = over_features(run.dact, said)
-        mean, deviation = cls.mean(0), cls.std(0).clamp(min=1e-6)
-        said.cls = torch.cat([cls.sub_(mean).div_(deviation), y.transpose(0, 1)], -1)  # in place: it can take gigabytes
-        return said, mean, deviation
-
     def at(tau):
-        model = dact.DactBert(run.dact.backbone, run.dact.classifiers[0], run.args.halt_bias).to(run.device)
-        model.classifiers, model.read = run.dact.classifiers, run.dact.read
-        name = f"tau-{tau:g}"
+        model = copy.deepcopy(run.dact, {id(run.dact.backbone): run.dact.backbone})  # all but the backbone
+        name, longer = f"tau-{tau:g}", {"epochs": 3 * run.args.epochs}  # as in `train.learn_halting`
 
         def train_them():
-            said, mean, deviation = standardised()
-            # CHOICE: ten times the epochs, as for `entropy_dact`, which over cached vectors cost little: after the
-            # run's own three the neurons are still on their way, and even at 0.5 nats those of RTE saved less than half.
-            fit(run, name, Neurons(model.halts), train.stage2_loss(tau), said, epochs=10 * run.args.epochs)
-            with torch.no_grad():
-                for halt, m, d in zip(model.halts, mean.to(run.device), deviation.to(run.device)):
-                    halt.weight.div_(d)
-                    halt.bias.sub_(halt.weight @ m)
+            fit(run, name, train.HaltingAlone(model.heads), train.stage2_loss(tau), features(), **longer)
 
-        kept(run, name, model.halts, train_them)
+        kept(run, name, model.heads, train_them)
         return model.eval()
 
     return {tau: at(tau) for tau in taus}

@@ -28,11 +28,11 @@ def learn(run):
     """({form: inputs -> Halted} to be measured, {name: thresholds in nats}), each trained unless the run holds it."""
     features = cache(partial(baselines.train_features, run))  # computed once, and only if something has to be trained
     exits = baselines.deebert(run, features)
-    said = cache(lambda: baselines.ramp_logits(exits, features()))
+    logits = cache(lambda: baselines.ramp_logits(exits, features()))
     forms, learned = {}, {}
     for tied in (True, False):
         for start in STARTS:
-            model = baselines.entropy_dact(run, exits, said, tied, start)
+            model = baselines.entropy_dact(run, exits, logits, tied, start)
             name = f"{'tied' if tied else 'untied'}, from S = {start}"
             learned[name] = model.thresholds()[: 1 if tied else None]
             forms[f"DACT, {name}"] = model.early_exit

@@ -31,10 +31,7 @@ def prune(model, K):
     small = copy.deepcopy(model)
     small.backbone.config = replace(small.backbone.config, num_hidden_layers=K)
     small.backbone.blocks = small.backbone.blocks[:K]
-    small.classifiers, small.halts = small.classifiers[:K], small.halts[:K]
-    for name, buffer in small.read.named_buffers():
-        if buffer.ndim:
-            setattr(small.read, name, torch.cat([buffer[:K], buffer[-1:]]))
+    small.heads = small.heads[:K]
     return small
 
 

@@ -8,7 +8,7 @@ interrupted table goes on. Leaves table1.md and table1.png in --out.
 
 A threshold is chosen by how much it saves on the dev set, never by what it answers there: no label is looked at. DACT
 has three such knobs, and both rules stay safe, for they are so whatever h is: a number taken off all halting biases
-after training; the price tau, at which the halting neurons alone are trained anew; and, in their place, section 3.1's
+after training; the price tau, at which the halting units alone are trained anew; and, in their place, section 3.1's
 confidence function, a threshold S on the entropy of y_n ("DACT by entropy": the backbone and the heads of stage 2, left
 as DeeBERT leaves).
 """
@@ -51,7 +51,7 @@ PAPER = {
     },
 }  # fmt: skip
 # Two runs of one table agree on them
-SETTINGS = "epochs batch max_tokens lr head_lr tau halt_bias head_loss head_norm".split()  # and precision
+SETTINGS = "epochs batch max_tokens lr head_lr tau head_loss".split()  # and precision
 STEEP = 1e4  # weight of the confidence function, in 1 / nats: h is 0 below the threshold and 1 above it
 TAUS = (0.005, 0.05, 0.1, 0.15, 0.175, 0.2, 0.225, 0.25, 0.3, 0.4, 0.5)  # nats a block
 HALF, DEPTH = "half the blocks", "DACT's depth"  # what knobs are turned for
@@ -140,8 +140,9 @@ class Contest:
         self.run, self.N = run, len(run.dact.backbone.blocks)
         self.goals = {HALF: self.N / 2, DEPTH: run.metrics["rules"]["paper"]["mean_blocks"]}
         self.forms, self.chosen, self.curves, self.said = {}, {}, {}, {}
-        self.of_dev = baselines.Features(run.dact.backbone, run.dev, run.device, run.precision)
-        _, self.y, self.z = baselines.over_features(run.dact, self.of_dev)
+        self.of_dev = train.Features(run.dact.backbone, run.dev, run.device, run.precision)
+        self.logits, self.z = baselines.over_features(run.dact, self.of_dev)
+        self.y = self.logits.softmax(-1)
         self.highest_S = 1.001 * math.log(len(run.labels))
         # Computed once, and only if ramps have to be trained.
         self.features = cache(partial(baselines.train_features, run))
@@ -193,7 +194,9 @@ class Contest:
             rows[form]["time"] = 100 * answers.seconds / answered["base"].seconds
             rows[form]["answers"] = digits(answers.labels)
             if (system := form.split(",")[0]) in self.said:
-                rows[form]["shuffled"] = shuffled(self.said[system], answers.exit_block, partial(first_metric, run))
+                rows[form]["shuffled"] = train.dealt_by_chance(
+                    self.said[system], answers.exit_block, partial(first_metric, run)
+                )
         majority = torch.full_like(run.dev.labels, run.train.labels.mode().values.item())
         rows["majority"] = train.scores(majority, run.dev.labels, run.args.task)
         blocks = {
@@ -215,20 +218,20 @@ def enter_dact(contest):
     }
     contest.turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
                  lambda x: baselines.halted(y, z - x), 40.0, -40.0, (HALF,))  # fmt: skip
-    H = baselines.entropy(y.clamp(min=1e-30).log())
+    H, logits = baselines.entropy(contest.logits), baselines.answers_of(run.dact)
     contest.said["DACT by entropy"] = y.argmax(-1)
     contest.turn("DACT by entropy", "S",
-                 lambda S: baselines.EntropyDact(run.dact, True, S, STEEP).to(run.device).early_exit,
+                 lambda S: baselines.EntropyDact(run.dact.backbone, logits, True, S, STEEP).to(run.device).early_exit,
                  lambda S: baselines.halted(y, STEEP * (H - S)), contest.highest_S)  # fmt: skip
 
 
 def enter_tau(contest):
-    """DACT with its halting neurons trained anew, at other prices of a block."""
+    """DACT with its halting units trained anew, at other prices of a block."""
     run = contest.run
-    of_train = partial(baselines.Features, run.dact.backbone, run.train, run.device, run.precision)
+    of_train = cache(partial(train.Features, run.dact.backbone, run.train, run.device, run.precision))
     models = baselines.dact_over_tau(run, TAUS, of_train)
     at = {
-        tau: baselines.halted(contest.y, baselines.over_features(model, contest.of_dev)[2])
+        tau: baselines.halted(contest.y, baselines.over_features(model, contest.of_dev)[1])
         for tau, model in models.items()
     }
     contest.nearest("DACT", "tau", lambda tau: models[tau].early_exit, at.get, TAUS[::-1], (HALF,))
@@ -292,16 +295,6 @@ def first_metric(run, labels):
 def point(run, labels, exit_block):
     """[blocks saved %, first metric %] of the answers on the dev set."""
     return [100 * (1 - exit_block.double().mean().item() / len(run.dact.backbone.blocks)), first_metric(run, labels)]
-
-
-def shuffled(said, exit_block, score, draws=200):
-    """The metric if chance dealt the same exits out among the examples: beyond it is what the choice of who leaves is worth.
-
-    said (N, n): what each block answers; exit_block (n,); score: labels (n,) -> metric. The mean of so many deals.
-    """
-    rng, n = np.random.default_rng(0), len(exit_block)
-    deals = (exit_block[torch.from_numpy(rng.permutation(n))] for _ in range(draws))
-    return float(np.mean([score(said[exits - 1, torch.arange(n)]) for exits in deals]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -257,6 +257,6 @@ def small_toy_task(divisor):
 
 def short_toy_run(folder, batch, *flags):
     """Train one epoch of the toy task into a folder: the folder."""
-    argv = ["--epochs", "1", "--batch", str(batch), "--precision", "float32", "--out", str(folder), *flags]
+    argv = ["--epochs", "1", "--lr", "1e-3", "--batch", str(batch), "--precision", "float32", "--out", str(folder), *flags]
     assert train.main(argv) == 0
     return folder

@@ -31,12 +31,13 @@ pytestmark = pytest.mark.usefixtures("few_sentences")
 def model(tmp_path_factory):
     """A small random DactBert of two blocks and three classes, in float64, its halting neurons random too."""
     folder = write_google(tmp_path_factory.mktemp("model"), google_arrays())
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     stage1, _ = bert.load_pretrained(str(folder), 3)
-    model = dact.DactBert(stage1.bert, stage1.classifier).double().eval()
-    for head in [*model.halts, *(classifier.linear for classifier in model.classifiers)]:
-        torch.nn.init.normal_(head.weight)
-        torch.nn.init.normal_(head.bias)
+    model = dact.DactBert(stage1.bert, 3).double().eval()
+    for head in model.heads:
+        for layer in (head.answer[-1], head.halt[-1]):
+            torch.nn.init.normal_(layer.weight)
+            torch.nn.init.normal_(layer.bias)
     return model
 
 
@@ -186,7 +187,7 @@ def test_halting_values_agree_with_captum(model, n):
 
 def test_a_ramp_agrees_with_captum(model):
     # An `Exits` answers in float32, as its ramps are: so here must all be.
-    exits = baselines.Exits(copy.deepcopy(model.backbone), model.classifiers[0]).float().eval()
+    exits = baselines.Exits(copy.deepcopy(model.backbone), bert.Classifier(model.backbone.config, 3)).float().eval()
 
     def forward(*inputs):
         y = exits(*inputs)[0].softmax(-1)[:, 2]
@@ -217,7 +218,7 @@ def test_conductance_of_a_blocks_output_agrees_with_captum(model, n):
         hidden = layer = attributions.run_blocks(model, n, hidden, mask)
         for block in model.backbone.blocks[n:]:
             hidden = block(hidden, mask)
-        return model.halts[1](hidden[:, 0]).squeeze(-1), [layer]
+        return model.heads[1].logits(hidden[:, 0])[1], [layer]
 
     found = layer_conductance(ours, *ends(model), steps=20)
     score = attributions.halting_value(model, 2)
@@ -228,14 +229,14 @@ def test_conductance_of_a_blocks_output_agrees_with_captum(model, n):
 def test_conductance_of_the_weight_left_agrees_with_captum_and_is_complete(model):
     def score(hidden, mask):
         total = 0
-        for block, halt in zip(model.backbone.blocks, model.halts):
+        for block, head in zip(model.backbone.blocks, model.heads):
             hidden = block(hidden, mask)
-            total = total + torch.nn.functional.logsigmoid(halt(hidden[:, 0])).squeeze(-1)
+            total = total + torch.nn.functional.logsigmoid(head.logits(hidden[:, 0])[1])
         return total  # log p_2 = log h_1 + log h_2
 
     found = layer_conductance(attributions.weight_left(model, 2), *ends(model), steps=20)
-    for part, halt in zip(found.parts, model.halts):
-        assert_close(part[0], captum_conductance(score, halt, *ends(model), attribute_to_layer_input=True))
+    for part, head in zip(found.parts, model.heads):
+        assert_close(part[0], captum_conductance(score, head.scale, *ends(model), attribute_to_layer_input=True))
     sums = [part.sum().item() for part in found.parts]
     x, baseline = (score(end[None], MASK).item() for end in ends(model))
     many = layer_conductance(attributions.weight_left(model, 2), *ends(model), steps=2000)
@@ -245,7 +246,7 @@ def test_conductance_of_the_weight_left_agrees_with_captum_and_is_complete(model
 
 def test_attributions_are_complete(model):
     for score in (attributions.dact_answer(model, 2, 0), attributions.halting_value(model, 2)):
-        found = integrated_gradients(score, *ends(model), steps=200)
+        found = integrated_gradients(score, *ends(model), steps=1000)  # the heads have kinks
         x, baseline = (score(end[None], MASK).item() for end in ends(model))
         assert abs(x - baseline) > 0.01
         assert found.parts.sum().item() == pytest.approx(x - baseline, rel=1e-3) and found.error < 1e-3

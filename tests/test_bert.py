@@ -230,8 +230,8 @@ def test_padding_changes_no_answer(tmp_path, kind):
     model, tokenizer = bert.load_pretrained(folder, 3)
     dataset = data.Dataset(data.Examples([("the cat", "sat"), ("the", "the " * 30)], [0, 1]), tokenizer, 128,
                            model.bert.config.pad_token_id)  # fmt: skip
-    adaptive = dact.DactBert(model.bert, model.classifier).eval()
-    torch.nn.init.normal_(adaptive.halts[0].weight)
+    adaptive = dact.DactBert(model.bert, 3).eval()
+    torch.nn.init.normal_(adaptive.heads[0].halt[-1].weight)
     (alone, _), (padded, _) = dataset.batch(np.array([0])), dataset.batch(np.array([0, 1]))
     length = alone[0].shape[1]
     assert padded[0].shape[1] > length + 10

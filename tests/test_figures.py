@@ -47,10 +47,12 @@ def random_run(run, seed=1):
         for parameter in run.dact.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.4, generator=generator)
-        for part in (*run.dact.classifiers, *run.dact.halts):
-            for name, parameter in part.named_parameters():
-                if name.endswith("bias"):
-                    parameter.zero_()
+        for head in run.dact.heads:
+            for layer in (head.answer[0], head.answer[2], head.halt[0], head.halt[2]):
+                layer.bias.zero_()
+            head.scale.steps.zero_()
+        run.dact.train()(*run.dev.batch(list(range(len(run.dev))))[0])  # the heads' scale follows
+        run.dact.eval()
     return run
 
 
@@ -217,11 +219,11 @@ def test_a_pruned_model_answers_with_the_winner_of_a_K(run, rule):
 
 def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path):
     """h_1 = h_2 = h_3 = 1 and h_4 = 0: all leave at block 4. Cut there, saved and loaded, the labels are the same."""
-    random_run(run)
-    for halt in run.dact.halts[:3]:
-        torch.nn.init.constant_(halt.bias, 50.0)
-    torch.nn.init.zeros_(run.dact.halts[3].weight)
-    torch.nn.init.constant_(run.dact.halts[3].bias, -50.0)
+    random_run(run, seed=6)
+    for head in run.dact.heads[:3]:
+        torch.nn.init.constant_(head.halt[-1].bias, 50.0)
+    torch.nn.init.zeros_(run.dact.heads[3].halt[-1].weight)
+    torch.nn.init.constant_(run.dact.heads[3].halt[-1].bias, -50.0)
     for name in ("dact.pt", "stage1.pt", "metrics.json"):
         shutil.copy(run.folder / name, tmp_path)
     run = run._replace(folder=tmp_path)
@@ -229,7 +231,7 @@ def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path)
     path = pruning.save_pruned(run, 4)
     small = train.load_run(path, 2, "toy")[0].eval()
     assert small.backbone.config.num_hidden_layers == 4
-    assert [len(part) for part in (small.backbone.blocks, small.classifiers, small.halts)] == [4, 4, 4]
+    assert len(small.backbone.blocks) == len(small.heads) == 4
     assert path.stat().st_size < 0.8 * (tmp_path / "dact.pt").stat().st_size
     answers = pruning.answers_of(run, {"whole": run.dact, "pruned": small}, run.dev)
     assert answers["whole"].labels.unique().tolist() == [0, 1]
@@ -238,13 +240,12 @@ def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path)
 
 
 def test_pruned_heads_read_what_they_read(run):
-    """The scale of `--head-norm` is that of the last block of all, also when that is gone."""
-    model = dact.DactBert(run.dact.backbone, run.dact.classifiers[0], head_norm=True)
-    for seed in (0, 1):  # two, so that there is something that runs
-        torch.manual_seed(seed)
-        model.read.observe(torch.arange(1.0, 7)[:, None, None] * torch.randn(6, 9, 64))
+    """Each on the scale of its own block."""
+    model = random_run(run).dact
+    for n, head in enumerate(model.heads, start=1):
+        head.scale.mean.fill_(float(n))
     small, hidden = pruning.prune(model, 4), torch.randn(5, 3, 64)
-    assert small.read.mean.shape == (5, 64) and model.read.mean.shape == (7, 64)
+    assert len(small.heads) == 4 and len(model.heads) == 6
     for n in range(1, 5):
         for ours, theirs in zip(small.head(n, hidden), model.head(n, hidden)):
             assert torch.equal(ours, theirs)
@@ -265,8 +266,8 @@ def test_changes_are_counted_apart():
 
 
 def test_a_model_that_needs_all_its_blocks_is_left_alone(run, tmp_path, capsys):
-    for halt in run.dact.halts:  # h = 1: nothing is ever safe to stop
-        torch.nn.init.constant_(halt.bias, 50.0)
+    for head in run.dact.heads:  # h = 1: nothing is ever safe to stop
+        torch.nn.init.constant_(head.halt[-1].bias, 50.0)
     shutil.copy(run.folder / "dact.pt", tmp_path)
     run = run._replace(folder=tmp_path)
     pruning.prune_run(run, None)
@@ -294,9 +295,9 @@ def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
     sizes = {name: int(rows[name][3].replace(",", "")) for name in ("unpruned", "pruned")}
     assert sizes["pruned"] == (folder / "pruned.pt").stat().st_size < sizes["unpruned"]
     # A block of the toy: 4 (64 * 64 + 64) attention, 2 * 64 * 128 + 128 + 64 feed-forward, 4 * 64 norms = 33472;
-    # its heads: 64 * 64 + 64 pooler, 2 * 64 + 2 linear, 64 + 1 halting = 4355; three of them go.
+    # its head: twice 64 * 64 + 64 hidden, 2 * 64 + 2 answer, 64 + 1 halting = 8515; three of them go.
     counts = [int(rows[name][2].replace(",", "")) for name in ("unpruned", "pruned")]
-    assert counts[0] - counts[1] == 3 * (33472 + 4355)
+    assert counts[0] - counts[1] == 3 * (33472 + 8515)
 
 
 def test_train_py_reads_a_pruned_model(toy_run, tmp_path, capsys):

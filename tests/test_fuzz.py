@@ -166,7 +166,7 @@ def test_metrics(tmp_path):
     file = tmp_path / "metrics.json"
     rules = {rule: {"accuracy": 66.5, "saved": 20.25, "mean_blocks": 9.5} for rule in ("paper", "exact")}
     whole = {"task": "rte", "model": "m", "seed": 3, "tau": 5e-3, "rule": "paper", "epochs": 3, "batch": 32,
-             "max_tokens": 128, "lr": 5e-5, "head_lr": 1e-3, "halt_bias": 8.0, "head_loss": 0.0, "head_norm": False, "precision": "float32",
+             "max_tokens": 128, "lr": 5e-5, "head_lr": 1e-3, "head_loss": 1.0, "precision": "float32",
              "full": {"accuracy": 65.75}, "dact": rules["paper"], "rules": rules}  # fmt: skip
     file.write_text(json.dumps(whole))
     assert baselines.read_metrics(tmp_path) == whole
