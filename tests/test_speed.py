@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(train.__file__).parent / "paper"))
 import speed
 
 # train.py on 13 toy examples, without dropout: at batch 3 two processes have 2 rows and 1, in the last batch 1 and 0.
-# The first two words of the command line name the stage and step to be interrupted at.
+# The first two words of the command line name the stage and step to be interrupted at; the third, if it is "fixed",
+# keeps the heads' scale as it starts, for each process moves it by its own rows.
 DRIVER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-import data, train
+import dact, data, train
 
 def progress(stage, step, *rest, whole=train.progress):
     if (stage, str(step)) == place:
@@ -38,18 +39,20 @@ def evaluate(stage1, adaptive, *rest, whole=train.evaluate):
     return whole(stage1, adaptive, *rest)
 
 place, make = tuple(sys.argv[1:3]), data.toy_examples
+if sys.argv[3] == "fixed":
+    dact.Scale.follow = lambda self, cls: None
 data.toy_examples = lambda count, seed: make(13 if count == 4096 else 20, seed)
 train.TOY_CONFIG = replace(train.TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 train.progress, train.evaluate = progress, evaluate
-sys.exit(train.main(sys.argv[3:]))
+sys.exit(train.main(sys.argv[4:]))
 """
 
 
-def drive(folder, out, processes=0, place=("", ""), flags=()):
+def drive(folder, out, processes=0, place=("", ""), flags=(), scale="fixed"):
     """Run the driver, under torchrun if `processes` are given: what it printed."""
     (folder / "driver.py").write_text(DRIVER)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    command = [sys.executable, *launch, folder / "driver.py", *place, "--out", folder / out]
+    command = [sys.executable, *launch, folder / "driver.py", *place, scale, "--out", folder / out]
     command += [*"--epochs 2 --batch 3 --precision float32".split(), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -58,7 +61,7 @@ def drive(folder, out, processes=0, place=("", ""), flags=()):
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Also when they are interrupted and go on. Every step is logged; 5 an epoch."""
+    """Also when they are interrupted and go on. Every step is logged; 5 an epoch, and halting has 6 epochs."""
     drive(tmp_path, "one")
     drive(tmp_path, "two", 2, ("stage 2", "7"))
     out = drive(tmp_path, "two", 2, flags=["--resume"])
@@ -70,7 +73,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         for name in ("one", "two")
     )
     assert one[0]["settings"] | {"processes": 2} == two[0]["settings"]
-    assert len(one) == len(two) == 21
+    assert len(one) == len(two) == 1 + 10 + 10 + 30
     for first, second in zip(one[1:], two[1:]):
         assert first.keys() == second.keys() and first["step"] == second["step"]
         for key in {"loss", "price", "mean_h"} & first.keys():
@@ -81,7 +84,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 
 def test_two_processes_evaluate_with_the_same_scale(tmp_path):
     """What the heads' scale followed in the last step is each process's own; both go on with the first one's."""
-    drive(tmp_path, "out", 2, flags=["--epochs", "1.8"])  # in the very last step both have the same row
+    drive(tmp_path, "out", 2, flags=["--epochs", "1.8"], scale="follows")  # in the last step both have the same row
     first, second = (torch.load(tmp_path / f"buffers-{rank}.pt") for rank in (0, 1))
     kept = train.load_run(tmp_path / "out" / "dact.pt", 2, "toy")[0]
     assert len(first) == 3 * 6 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, kept.buffers()))
