@@ -875,7 +875,7 @@ def print_equations(y, h, names):
 
 
 def decimals(tensor):
-    return " ".join(f"{x:.3f}" for x in tensor.flatten().tolist())
+    return " ".join(f"{x + 0.0:.3f}" for x in tensor.flatten().tolist())  # -0.0 + 0.0 is 0.0
 
 
 if __name__ == "__main__":
