@@ -235,8 +235,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ---- Tokenizers -----------------------------------------------------------------------------------------------------
 
 
 def wordpiece_tokenizer(vocab, source="vocab.txt"):
@@ -282,8 +281,7 @@ def need_tokens(ids, tokens, source):
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading: which model, from where
+# ---- Loading: which model, from where -------------------------------------------------------------------------------
 
 GOOGLE_URL = "https://storage.googleapis.com/bert_models/"
 GOOGLE_MODELS = {

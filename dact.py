@@ -7,18 +7,10 @@ Inference stops after the first block at which no later block can change the win
 
 This file imports torch alone and never BERT: any backbone will do that has an embedding step `embed(*inputs)`, a list
 `blocks` of modules called as `block(hidden, mask)`, and a `hidden_size`.
+Where the paper is silent and we picked stands `CHOICE:`, where we depart from it `DIFFERS:`.
 
-Where we depart from the paper stands `DIFFERS:`, where it is silent and we picked, `CHOICE:`.
-
-The symbols are the paper's. Shapes: B sequences, C classes, T tokens, D hidden size.
-
-    y_n  (B, C)  answer of block n: class probabilities, a softmax        section 3
-    h_n  (B,)    halting value of block n in (0, 1): 1 goes on, 0 stops   section 3
-    p    (B,)    p_n: the weight left to the blocks after n               equation (2)
-    a    (B, C)  a_n: the answer accumulated so far                       equation (1)
-    n, N         the block just run, from 1; the number of blocks
-    d            N - n: blocks not yet run                                equation (4)
-    tau          the price of a block, in nats of loss                    equation (3)
+The symbols are the paper's; n is the block just run, from 1, and N the number of blocks.
+Shapes: B sequences, C classes, T tokens, D hidden size.
 """
 
 from typing import NamedTuple
@@ -26,17 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equations (1) and (2): the accumulator
+# ---- Equations (1) and (2): the accumulator -------------------------------------------------------------------------
 
 
 def accumulate(y_n, h_n, a, p):
     """Fold block n's answer into the running answer: equations (1) and (2).
 
-    paper     here       shape         meaning
-    y_n, h_n  y_n, h_n   (B, C), (B,)  what block n says
-    a_{n-1}   a          (B, C)        the answer so far; comes back as a_n
-    p_{n-1}   p          (B,)          the weight left to block n; comes back as p_n
+    paper    here  shape   meaning
+    y_n      y_n   (B, C)  answer of block n: class probabilities, a softmax
+    h_n      h_n   (B,)    halting value of block n in (0, 1): 1 goes on, 0 stops
+    a_{n-1}  a     (B, C)  the answer accumulated so far; comes back as a_n
+    p_{n-1}  p     (B,)    the weight left to block n; comes back as p_n, the weight left to the blocks after n
 
     >>> y_1, y_2 = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.4, 0.6]])
     >>> a, p = accumulate(y_1, torch.tensor([0.5]), *start(y_1))   # a_1 = y_1, p_1 = 0.5
@@ -50,23 +42,19 @@ def accumulate(y_n, h_n, a, p):
 
 
 def start(y_n):
-    """a_0 = 0 and p_0 = 1 (equations (1) and (2), n = 0) in the shapes and on the device of an answer y_n (B, C)."""
-    # With p_0 = 1 the first answer counts in full, a_1 = y_1, so every a_n sums to 1 although a_0 does not.
+    """a_0 = 0 and p_0 = 1, as an answer y_n (B, C). So a_1 = y_1, and every a_n sums to 1 although a_0 does not."""
     return torch.zeros_like(y_n), torch.ones_like(y_n[:, 0])
 
 
 def accumulate_all(y, h):
     """All running answers of N blocks at once: y (N, B, C), h (N, B) -> a (N, B, C), p (N, B); a[-1] is a_N."""
-    a, p = start(y[0])
-    steps = []
+    steps = [start(y[0])]
     for y_n, h_n in zip(y, h):
-        a, p = accumulate(y_n, h_n, a, p)
-        steps.append((a, p))
-    return tuple(torch.stack(column) for column in zip(*steps))
+        steps.append(accumulate(y_n, h_n, *steps[-1]))
+    return tuple(torch.stack(column) for column in zip(*steps[1:]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equation (3): the loss
+# ---- Equation (3): the loss -----------------------------------------------------------------------------------------
 
 
 def dact_loss(a_N, h, label, tau):
@@ -75,18 +63,16 @@ def dact_loss(a_N, h, label, tau):
     paper       here        shape         meaning
     L(x, y)     a_N, label  (B, C), (B,)  negative log of the probability that a_N gives to the label
     h_1 .. h_N  h           (N, B)        halting values of all blocks
-    τ           tau         float         5e-3 in the paper
+    τ           tau         float         the price of a block in nats; 5e-3 in the paper
     """
     # a_N is a distribution already. Cross-entropy on it would take a second softmax, and the loss could never reach 0.
-    of_label = a_N.gather(1, label[:, None]).squeeze(1)  # Pr(label) in a_N                               (B,)
+    of_label = a_N.gather(1, label[:, None])  # Pr(label) in a_N                                          (B, 1)
     answer = -of_label.clamp(min=1e-8).log().mean()  # away from 0: log(0) would end the training in NaN
     # DIFFERS: (3) sums to n; in training every block runs, so n = N. h_N weighs nothing in a_N: it has only its price.
-    price = tau * h.sum(0).mean()  # (3)  τ Σ hᵢ
-    return answer, price
+    return answer, tau * h.sum(0).mean()  # (3)  L(x, y), τ Σ hᵢ
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equation (4): when no later block can change the winner
+# ---- Equation (4): when no later block can change the winner --------------------------------------------------------
 
 
 def paper_rule(a, p, d):
@@ -95,7 +81,7 @@ def paper_rule(a, p, d):
     paper        here       shape      meaning
     Pr(c*, n)    top        (B,)       probability of the winner in a_n
     Pr(c_ru, n)  runner_up  (B,)       probability of the second in a_n
-    p_n, d       p, d       (B,), int  weight left to later blocks; how many they are
+    p_n, d       p, d       (B,), int  weight left to later blocks; how many they are, N - n
 
     Why it is safe. Each of the d later blocks replaces at most a share p_n of the answer (p never rises). At worst all
     of it is taken from the winner, each time: what stays is at least Pr(c*) (1 - p_n)^d, a power. At best for the
@@ -112,12 +98,10 @@ def exact_rule(a, p, d):
     Claim: it is the weakest safe condition that knows only a_n, p_n and d.
     Let D_n >= 0 be the winner's lead over another class in a_n. By (1), one more block with answers y gives
         D_{n+1} = D_n (1 - p_n) + p_n (y[winner] - y[other]) >= D_n (1 - p_n) - p_n,
-    that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later
-        1 + D_N >= (1 + D_n) (1 - p_n)^d.
-    Safe: if the right side is at least 1, D_N >= 0 and no class overtakes the winner; a lead over the runner-up is a
-    lead over all. (D_N = 0 would be a tie. It takes y[other] = 1 in a later block, where a softmax stays below 1.)
-    Exact: with h = 1 and y = all on the runner-up in every later block, each step above is an equality, so if the right
-    side is below 1 there is a future in which the winner falls.
+    that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later 1 + D_N >= (1 + D_n) (1 - p_n)^d.
+    Safe: if that is at least 1, no class overtakes the winner. (A tie takes a later y[other] = 1; a softmax is below.)
+    Exact: with h = 1 and y = all on the runner-up in every later block each step is an equality, so if it is below 1
+    there is a future in which the winner falls.
 
     It never stops later than (4). Write c, r for the two probabilities, q = (1 - p)^d; then q >= 1 - p d (Bernoulli).
     If (4) holds, c q >= r + p d, then (1 + c - r) q = q + c q - r q >= q + p d + r (1 - q) >= 1.
@@ -131,78 +115,30 @@ def exact_rule(a, p, d):
 
 RULES = {"paper": paper_rule, "exact": exact_rule}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-class Halted(NamedTuple):
-    """What early exit returns for each of B sequences."""
-
-    label: torch.Tensor  # (B,) int64, the predicted class
-    a: torch.Tensor  # (B, C), the answer at the exit: a_n
-    exit_block: torch.Tensor  # (B,) int64, n of the exit, 1 to N
-
-
-@torch.no_grad()
-def early_exit(backbone, inputs, step):
-    """Run a batch block by block; each sequence leaves it where `step` says so (section 3.2). Returns `Halted`.
-
-    inputs: as for the backbone's embed, then the mask (B, T); padding must be on the right, for it is trimmed.
-    step: what is known after block n, (n, hidden, state) -> (answer (B, C), halt (B,) bool, state). state: a tuple of
-    tensors (B, ...), empty at n = 1; survivors take their rows of it along.
-    """
-    hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
-    N, device = len(backbone.blocks), mask.device
-    lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
-    alive = torch.arange(len(mask), device=device)  # row of the batch that each survivor came from
-    exit_block, state = torch.zeros_like(alive), ()
-    for n, block in enumerate(backbone.blocks, start=1):
-        hidden = block(hidden, mask)
-        answer, halt, state = step(n, hidden, state)
-        if n == 1:
-            answers = torch.zeros_like(answer)
-        # Every survivor writes its answer; those that leave now write no more, so this is where they exit.
-        answers[alive] = answer
-        exit_block.index_fill_(0, alive, n)
-        if n == N:  # the last block always answers
-            break
-        keep = (~halt).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
-        if len(keep) == 0:
-            break
-        if len(keep) < len(alive):
-            lengths, keep = lengths[keep], keep.to(device, non_blocking=True)
-            longest = int(lengths.max())
-            hidden, mask, alive = hidden[keep, :longest], mask[keep, :longest], alive[keep]
-            state = tuple(rows[keep] for rows in state)
-    return Halted(answers.argmax(1), answers, exit_block)
+# ---- Figure 1: the module of one block ------------------------------------------------------------------------------
 
 
 class Scale(nn.Module):
-    """The [CLS] vectors of one block, (B, D), each of their numbers brought to mean 0 and deviation 1 over the examples."""
+    """The [CLS] vectors of one block, (B, D): each number brought to mean 0 and deviation 1 over the examples."""
 
     def __init__(self, size):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-        self.register_buffer("steps", torch.zeros(()))
+        for name, value in (("mean", torch.zeros(size)), ("var", torch.ones(size)), ("steps", torch.zeros(()))):
+            self.register_buffer(name, value)
 
     def forward(self, cls):
         if self.training:
-            self.follow(cls.detach())
+            # CHOICE: mean and variance of about the last 20 batches. nn.BatchNorm1d takes those of the batch alone in
+            # training, and one example has no variance.
+            self.steps += 1
+            rate = 1 / self.steps.clamp(max=20)
+            self.mean.lerp_(cls.detach().mean(0), rate)
+            self.var.lerp_((cls.detach() - self.mean).square().mean(0), rate)
         return (cls - self.mean) / (self.var + 1e-8).sqrt()  # 1e-8: what differs by less than 1e-4 is rounding
-
-    def follow(self, cls):
-        """Move mean and variance to those of about the last 20 batches."""
-        # CHOICE: not nn.BatchNorm1d, which in training takes those of the batch alone: one example has no variance.
-        self.steps += 1
-        rate = 1 / self.steps.clamp(max=20)
-        self.mean.lerp_(cls.mean(0), rate)
-        self.var.lerp_((cls - self.mean).square().mean(0), rate)
 
 
 class DactModule(nn.Module):
-    """Figure 1: the DACT module of one block, from its [CLS] vectors (B, D) to y_n (B, C) and h_n (B,).
+    """From the [CLS] vectors (B, D) of one block to its y_n (B, C) and h_n (B,).
 
         [CLS] -+-> Linear + ReLU -> Linear + Softmax -> y_n
                +-> Linear + ReLU -> Linear + Sigmoid -> h_n
@@ -232,38 +168,30 @@ class DactModule(nn.Module):
 
     def logits(self, cls):
         """y_n before its softmax (B, C), h_n before its sigmoid (B,)."""
-        cls = self.scale(cls)
-        return self.answer(cls), self.halt(cls).squeeze(-1)  # Linear + ReLU + Linear, twice
+        # Half precision would round a small p and 1 - p away, so the head leaves autocast.
+        with torch.autocast(cls.device.type, enabled=False):
+            cls = self.scale(cls.to(self.scale.mean.dtype))
+            return self.answer(cls), self.halt(cls).squeeze(-1)  # Linear + ReLU + Linear, twice
 
     def forward(self, cls):
         y_n, h_n = self.logits(cls)
         return y_n.softmax(-1), h_n.sigmoid()  # a softmax *before* it is accumulated                 (B, C), (B,)
 
 
-class DactBert(nn.Module):
-    """A backbone with a DACT module after every block (figure 1).
+# ---- The model: training over all blocks, inference with early exit -------------------------------------------------
 
-    backbone: see the top of this file; its weights are used, not copied.
-    """
+
+class DactBert(nn.Module):
+    """A backbone (see the top of this file; used, not copied) with a DACT module after every block: figure 1."""
 
     def __init__(self, backbone, num_classes):
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleList(DactModule(backbone.hidden_size, num_classes) for _ in backbone.blocks)
 
-    def head(self, n, hidden):
-        """Block n's (from 1) answer and halting value, read off its hidden states (B, T, D): y_n (B, C), h_n (B,)."""
-        # Half precision would round a small p and 1 - p away, so the head leaves autocast.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.heads[n - 1](hidden[:, 0].to(self.heads[n - 1].scale.mean.dtype))
-
     def forward(self, *inputs):
         """Training: all N blocks answer. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
-        hidden, mask = self.backbone.embed(*inputs[:-1]), inputs[-1]
-        outputs = []
-        for n, block in enumerate(self.backbone.blocks, start=1):
-            hidden = block(hidden, mask)
-            outputs.append(self.head(n, hidden))
+        outputs = [head(cls) for head, cls in zip(self.heads, cls_after_blocks(self.backbone, inputs))]
         return tuple(torch.stack(column) for column in zip(*outputs))
 
     def early_exit(self, *inputs, rule=paper_rule):
@@ -271,12 +199,59 @@ class DactBert(nn.Module):
 
         inputs: as for forward; padding must be on the right. rule: (a, p, d) -> (left, right), as `paper_rule`.
         """
-        N = len(self.backbone.blocks)
 
-        def step(n, hidden, state):
-            y_n, h_n = self.head(n, hidden)
+        def step(n, cls, state):
+            y_n, h_n = self.heads[n - 1](cls)
             a, p = accumulate(y_n, h_n, *(state or start(y_n)))
-            left, right = rule(a, p, N - n)
+            left, right = rule(a, p, len(self.heads) - n)
             return a, left >= right, (a, p)
 
         return early_exit(self.backbone, inputs, step)
+
+
+def cls_after_blocks(backbone, inputs):
+    """Run all blocks on a batch; yields the [CLS] vectors (B, D) after each."""
+    hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
+    for block in backbone.blocks:
+        hidden = block(hidden, mask)
+        yield hidden[:, 0]
+
+
+class Halted(NamedTuple):
+    """What early exit returns for each of B sequences."""
+
+    label: torch.Tensor  # (B,) int64, the predicted class
+    a: torch.Tensor  # (B, C), the answer at the exit: a_n
+    exit_block: torch.Tensor  # (B,) int64, n of the exit, 1 to N
+
+
+@torch.no_grad()
+def early_exit(backbone, inputs, step):
+    """Run a batch block by block; each sequence leaves it where `step` says so (section 3.2). Returns `Halted`.
+
+    step: what is known after block n, (n, [CLS] (B, D), state) -> (answer (B, C), halt (B,) bool, state). state: a tuple
+    of tensors (B, ...), empty at n = 1; survivors take their rows of it along.
+    """
+    hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
+    lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
+    alive = torch.arange(len(mask), device=mask.device)  # row of the batch that each survivor came from
+    exit_block, state = torch.zeros_like(alive), ()
+    for n, block in enumerate(backbone.blocks, start=1):
+        hidden = block(hidden, mask)
+        answer, halt, state = step(n, hidden[:, 0], state)
+        if n == 1:
+            answers = torch.zeros_like(answer)
+        # Every survivor writes its answer; those that leave now write no more, so this is where they exit.
+        answers[alive] = answer
+        exit_block.index_fill_(0, alive, n)
+        if n == len(backbone.blocks):  # the last block always answers
+            break
+        keep = (~halt).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            lengths, keep = lengths[keep], keep.to(mask.device, non_blocking=True)
+            longest = int(lengths.max())
+            hidden, mask, alive = hidden[keep, :longest], mask[keep, :longest], alive[keep]
+            state = tuple(rows[keep] for rows in state)
+    return Halted(answers.argmax(1), answers, exit_block)

@@ -32,12 +32,26 @@ class InputError(ValueError):
     """A mistake of the user or of the outside world: one line that says what, what was found, and what to do next."""
 
 
+@contextlib.contextmanager
+def reading(source, advice="copy or download it again"):
+    """Around a parser of what comes from outside: whatever it raises becomes the one line of an `InputError`.
+
+    Not around our own work on what was parsed: a fault of ours is not to be blamed on a file.
+    """
+    try:
+        yield
+    except (InputError, OSError, MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic inside the tokenizers library is no Exception
+        what = "".join(c if c.isprintable() else " " for c in f"{type(error).__name__}: {error}"[:100])
+        raise InputError(f"{source}: cannot be read ({what}); {advice}") from None
+
+
 # What the zipfile module raises for a damaged, encrypted or unknown zip.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
+# ---- Tasks ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,8 +174,7 @@ def add_rows(examples, rows, task, name, group=""):
             examples.groups.append(group)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and downloads
+# ---- Files and downloads --------------------------------------------------------------------------------------------
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -337,8 +350,7 @@ def check_download(part, sha256, member):
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parsing
+# ---- Parsing --------------------------------------------------------------------------------------------------------
 
 
 def parse_tsv(content, name, columns, header=()):
@@ -379,8 +391,7 @@ def parse_tsv(content, name, columns, header=()):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens and batches
+# ---- Tokens and batches ---------------------------------------------------------------------------------------------
 
 
 class Dataset:
@@ -446,8 +457,7 @@ def evaluation_batches(lengths, batch_size):
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics: percentages of predicted classes against labels, both (n,) int tensors
+# ---- Metrics: percentages of predicted classes against labels, both (n,) int tensors --------------------------------
 
 
 def accuracy(predicted, labels):
@@ -476,8 +486,7 @@ def matthews(predicted, labels):
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy task: is the speaker pleased?
+# ---- The toy task: is the speaker pleased? --------------------------------------------------------------------------
 
 THINGS = "food service music room garden staff soup view tea story".split()
 GOOD = "good great lovely fresh kind warm bright perfect".split()

@@ -29,8 +29,7 @@ def random_said(N, B, C, sharpness=2.0):
     return (torch.randn(N, B, C) * sharpness).softmax(-1), (torch.randn(N, B) * sharpness).sigmoid()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equations (1) and (2)
+# ---- Equations (1) and (2) ------------------------------------------------------------------------------------------
 
 
 def test_accumulator_by_hand():
@@ -92,8 +91,7 @@ def test_gradients_of_accumulator_and_loss():
     assert torch.autograd.gradcheck(loss, (y.log().requires_grad_(), h.logit().requires_grad_()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equation (3)
+# ---- Equation (3) ---------------------------------------------------------------------------------------------------
 
 
 def test_loss_by_hand():
@@ -112,8 +110,7 @@ def test_loss_reaches_zero_and_survives_a_zero_probability():
     assert wrong == pytest.approx(18.420680744)  # -ln 1e-8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equation (4) and the exact rule
+# ---- Equation (4) and the exact rule --------------------------------------------------------------------------------
 
 
 def test_both_rules_by_hand():
@@ -244,8 +241,7 @@ def test_exact_rule_in_float32_is_that_in_float64():
         assert (rounded != truth).sum() > 1000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figure 1
+# ---- Figure 1 -------------------------------------------------------------------------------------------------------
 
 
 def test_the_boxes_of_figure_1():
@@ -314,8 +310,7 @@ def test_a_linear_neuron_cannot_learn_that():
     assert max(low, high) > min(unsure_0, unsure_1) - 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model, on a backbone that is not BERT
+# ---- The model, on a backbone that is not BERT ----------------------------------------------------------------------
 
 
 class Mixer(nn.Module):
@@ -418,16 +413,15 @@ def test_every_weight_learns():
 def test_heads_keep_full_precision_under_autocast():
     model, inputs = random_model()
     model.float()
-    hidden = model.backbone.embed(*inputs[:-1])
-    y, h = model.head(1, hidden)
+    cls = model.backbone.embed(*inputs[:-1])[:, 0]
+    y, h = model.heads[0](cls)
     with torch.autocast("cpu", torch.bfloat16):
-        same_y, same_h = model.head(1, hidden)
+        same_y, same_h = model.heads[0](cls)
     assert torch.equal(y, same_y) and torch.equal(h, same_h)  # bfloat16's 8 bits would move them by 1e-3
     assert not torch.equal(h, h.bfloat16().float())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scale on which the heads read
+# ---- The scale on which the heads read ------------------------------------------------------------------------------
 
 
 def test_the_scale_follows_the_training():

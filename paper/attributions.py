@@ -21,8 +21,7 @@ import dact
 import data
 import train
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two methods
+# ---- The two methods ------------------------------------------------------------------------------------------------
 
 
 class Attribution(NamedTuple):
@@ -131,8 +130,7 @@ def joined(pieces):
     return Attribution(parts, pieces[-1].of_input, pieces[0].of_baseline, missed, steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From where to where
+# ---- From where to where --------------------------------------------------------------------------------------------
 
 
 def baseline_token(run):
@@ -155,14 +153,14 @@ def line(run, backbone, i):
     no attribution falls on them, and the baseline is an input of the same form.
     """
     input_ids, segment_ids, _ = inputs_of(run, i)
-    frame = torch.tensor(run.tokenizer.encode("").ids, device=run.device)  # what is put around a text
+    frame = torch.tensor(run.tokenizer.encode("").ids, device=run.args.device)  # what is put around a text
     emptied = torch.where(torch.isin(input_ids, frame), input_ids, baseline_token(run)[0])
     return backbone.embed(input_ids, segment_ids)[0], backbone.embed(emptied, segment_ids)[0]
 
 
 def inputs_of(run, i):
     """(input_ids, segment_ids, mask), each (1, T), of dev example i."""
-    return tuple(x.to(run.device) for x in run.dev.batch([i])[0])
+    return tuple(x.to(run.args.device) for x in run.dev.batch([i])[0])
 
 
 def words_of(run, i):
@@ -178,19 +176,15 @@ def check_examples(run, examples):
             raise data.InputError(f"--examples: no dev example {i}; give numbers from 0 to {len(run.dev) - 1}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is attributed: functions of (hidden, mask) for the two methods
+# ---- What is attributed: functions of (hidden, mask) for the two methods --------------------------------------------
 
 
 def dact_answer(model, n, label):
     """F: the log-odds of class `label` in DACT's running answer a_n, in nats."""
 
     def score(hidden, mask):
-        said = []
-        for i, block in enumerate(model.backbone.blocks[:n], start=1):
-            hidden = block(hidden, mask)
-            said.append(model.head(i, hidden))
-        a, _ = dact.accumulate_all(*zip(*said))
+        outputs = [head(cls) for head, cls in zip(model.heads, cls_of_blocks(model, n, hidden, mask))]
+        a, _ = dact.accumulate_all(*zip(*outputs))
         return log_odds(a[-1], label)
 
     return score
@@ -198,7 +192,7 @@ def dact_answer(model, n, label):
 
 def ramp_answer(exits, n, label):
     """F: the log-odds of class `label` at DeeBERT's off-ramp n, in nats."""
-    return lambda hidden, mask: log_odds(exits.logits(n, run_blocks(exits, n, hidden, mask)).softmax(-1), label)
+    return lambda hidden, mask: log_odds(exits.answer(n, cls_of_blocks(exits, n, hidden, mask)[-1]).softmax(-1), label)
 
 
 def log_odds(a, label):
@@ -211,36 +205,36 @@ def log_odds(a, label):
 
 def halting_value(model, n):
     """F: the halting unit of block n before its sigmoid, which would flatten it; above 0 is "go on"."""
-    return lambda hidden, mask: model.heads[n - 1].logits(run_blocks(model, n, hidden, mask)[:, 0])[1]
+    return lambda hidden, mask: model.heads[n - 1].logits(cls_of_blocks(model, n, hidden, mask)[-1])[1]
 
 
 def weight_left(model, n):
-    """F and layers, for conductance: log p_n in nats, and the vectors (B, 1, D) that the heads of blocks 1 .. n read.
+    """F and layers, for conductance: log p_n in nats, and the vectors (B, D) that the heads of blocks 1 .. n read.
 
     p_n is what makes (4) halt. log p_n = Σ log h_i: every block has its own share, and no share is counted twice.
     """
 
     def score(hidden, mask):
-        said, read = [], []
-        for i, block in enumerate(model.backbone.blocks[:n], start=1):
-            hidden = block(hidden, mask)
-            read.append(hidden[:, :1])  # a tensor of its own: its gradient is what head i made of it, no later block
-            said.append(model.head(i, read[-1]))
-        _, p = dact.accumulate_all(*zip(*said))
+        read = cls_of_blocks(model, n, hidden, mask)
+        _, p = dact.accumulate_all(*zip(*(head(cls) for head, cls in zip(model.heads, read))))
         return p[-1].log(), read
 
     return score
 
 
-def run_blocks(model, n, hidden, mask):
-    """The hidden states (B, T, D) after block n."""
+def cls_of_blocks(model, n, hidden, mask):
+    """The [CLS] vectors (B, D) after blocks 1 .. n, from what the embedding step returns.
+
+    Each is a tensor of its own: its gradient is what the head of its block made of it, and no later block.
+    """
+    vectors = []
     for block in model.backbone.blocks[:n]:
         hidden = block(hidden, mask)
-    return hidden
+        vectors.append(hidden[:, 0])
+    return vectors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Colours
+# ---- Colours --------------------------------------------------------------------------------------------------------
 
 # Blue for +, orange for -: told apart with every kind of colour blindness, and pale enough for black letters.
 COLOURS = LinearSegmentedColormap.from_list("orange to blue", ["#f28e2b", "#ffffff", "#5aa5e6"])

@@ -19,6 +19,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,24 +34,21 @@ import dact
 import data
 import train
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A finished run of train.py, opened
+# ---- A finished run of train.py, opened -----------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
     """What a finished run left, and what it was made with."""
 
     folder: Path
-    kept: Path  # the folder in it for what is trained and measured beside the run
-    args: argparse.Namespace  # the settings that metrics.json holds, and data
+    trained: Path  # the folder in it for what is trained and measured beside the run
+    args: argparse.Namespace  # the settings that metrics.json holds; data, device, precision
     metrics: dict  # metrics.json
     stage1: bert.BertClassifier
     dact: dact.DactBert
     tokenizer: object
     train: data.Dataset
     dev: data.Dataset
-    device: torch.device
-    precision: str
 
     @property
     def labels(self):
@@ -66,16 +64,15 @@ def open_run(folder, data_folder=None):
     folder = Path(folder)
     metrics = read_metrics(folder)
     settings = {name: metrics[name] for name, kind in METRICS_JSON.items() if kind is not dict}
-    args = argparse.Namespace(**settings, out=folder, data=data_folder)
-    device = train.pick_device()
-    stage1, tokenizer, _, max_tokens = train.load_run(folder / "stage1.pt", 1, args.task)
-    adaptive = train.load_run(folder / "dact.pt", 2, args.task)[0]
+    args = argparse.Namespace(**settings, out=folder, data=data_folder, stage1=None)
+    args.device, args.precision, _ = train.pick_hardware(args.precision)
+    stage1, tokenizer, _, max_tokens, _ = train.load_run(folder / "stage1.pt", 1, args.task)
+    adaptive = train.load_run(folder / "dact.pt", 2, args.task).model
     pad_id = stage1.bert.config.pad_token_id
     splits = [data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data)]
     for model in (stage1, adaptive):
-        model.to(device).eval()
-    precision = train.pick_precision(device, args.precision)[0]
-    return Run(folder, kept_folder(folder), args, metrics, stage1, adaptive, tokenizer, *splits, device, precision)
+        model.to(args.device).eval()
+    return Run(folder, trained_folder(folder), args, metrics, stage1, adaptive, tokenizer, *splits)
 
 
 # The part of metrics.json that is relied on here
@@ -116,13 +113,12 @@ def read_metrics(folder):
     return found
 
 
-def kept_folder(folder):
+def trained_folder(folder):
     """runs/x/paper-1a2b3c4d: named after metrics.json, so that a run made anew in runs/x does not meet the old one's."""
     return Path(folder) / f"paper-{hashlib.sha256((Path(folder) / 'metrics.json').read_bytes()).hexdigest()[:8]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A backbone with an answer after every block, and the rules to leave it by
+# ---- A backbone with an answer after every block, and the rules to leave it by --------------------------------------
 
 
 def off_ramp(size, num_classes):
@@ -140,24 +136,21 @@ class Exits(nn.Module):
         ramps = [off_ramp(size, num_classes) for _ in backbone.blocks[:-1]]
         self.heads = nn.ModuleList([*ramps, copy.deepcopy(classifier)])
 
-    def logits(self, n, hidden):
-        """Block n's answer, (B, C), always in full precision."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.heads[n - 1](hidden[:, 0].float())
+    def answer(self, n, cls):
+        """Block n's logits (B, C), always in full precision, from its [CLS] vectors (B, D)."""
+        with torch.autocast(cls.device.type, enabled=False):
+            return self.heads[n - 1](cls.float())
 
     def forward(self, *inputs):
         """-> logits of all blocks (N, B, C)."""
-        hidden, logits = self.backbone.embed(*inputs[:-1]), []
-        for n, block in enumerate(self.backbone.blocks, start=1):
-            hidden = block(hidden, inputs[-1])
-            logits.append(self.logits(n, hidden))
-        return torch.stack(logits)
+        vectors = enumerate(dact.cls_after_blocks(self.backbone, inputs), start=1)
+        return torch.stack([self.answer(n, cls) for n, cls in vectors])
 
     def early_exit(self, *inputs, rule):
         """rule: (logits (B, C), state) -> (halt (B,) bool, state). Returns `dact.Halted` with probabilities."""
 
-        def step(n, hidden, state):
-            logits = self.logits(n, hidden)
+        def step(n, cls, state):
+            logits = self.answer(n, cls)
             halt, state = rule(logits, state)
             return logits.softmax(-1), halt, state
 
@@ -187,11 +180,6 @@ def patience_rule(logits, state, t):
     return count >= t, (label, count)
 
 
-def over_dev(run, model):
-    """What a model says after every block about every dev example: a tensor (N, examples, ...) for each output."""
-    return train.outputs(model, run.dev, run.args.batch, run.device, run.precision)
-
-
 def simulate(logits, rule):
     """Where a rule leaves and what it answers, from the logits of all blocks (N, n, C): (labels (n,), exits (n,))."""
     exit_block, state = torch.zeros(logits.shape[1], dtype=torch.long), ()
@@ -203,7 +191,7 @@ def simulate(logits, rule):
     return logits[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
 
 
-def halted(y, z):
+def simulate_dact(y, z):
     """Where DACT leaves by (4), and its answers, from y (N, n, C) and z (N, n), h before the sigmoid."""
     a, p = dact.accumulate_all(y, z.sigmoid())
     exit_block = torch.full_like(a[0, :, 0], len(y), dtype=torch.long)
@@ -211,16 +199,6 @@ def halted(y, z):
         left, right = dact.paper_rule(a[n - 1], p[n - 1], len(y) - n)
         exit_block[left >= right] = n
     return a[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
-
-
-def answers_of(model):
-    """Of a `DactBert`, the function (n, hidden) -> logits of y_n (B, C)."""
-
-    def logits(n, hidden):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return model.heads[n - 1].logits(hidden[:, 0].float())[0]
-
-    return logits
 
 
 def lowered(model, bias):
@@ -231,7 +209,7 @@ def lowered(model, bias):
     return model
 
 
-def setting(simulated, blocks, high, low=0.0):
+def bisect_to_depth(simulated, blocks, high, low=0.0):
     """The x from `low` to `high` at which a system uses so many blocks on average, by bisection.
 
     simulated: x -> (labels, exit_block); the more x, the fewer blocks.
@@ -242,8 +220,7 @@ def setting(simulated, blocks, high, low=0.0):
     return high
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses: logits (N, B, C), labels (B,) -> scalar, in nats
+# ---- Losses: logits (N, B, C), labels (B,) -> scalar, in nats -------------------------------------------------------
 
 
 def deebert_loss(logits, labels):
@@ -275,59 +252,46 @@ def as_stage(loss):
     return stage_loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
-class Ramps(nn.Module):
-    """The heads of an `Exits` over `train.Features`: cls (B, N, D) -> logits (N, B, C). The last is frozen."""
-
-    def __init__(self, exits):
-        super().__init__()
-        self.heads = exits.heads[:-1]
-        self.last = exits.heads[-1].requires_grad_(False)
-
-    def forward(self, cls):
-        self.last.eval()
-        return torch.stack([head(x) for head, x in zip([*self.heads, self.last], cls.unbind(1))])
+def deebert(run, vectors=None):
+    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. vectors: a function that gives `train_vectors`."""
+    return ramps(run, vectors, deebert_loss, "DeeBERT")
 
 
-def deebert(run, features=None):
-    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. features: a function that gives `train_features`."""
-    return ramps(run, features, deebert_loss, "DeeBERT")
-
-
-def fastbert(run, features=None):
+def fastbert(run, vectors=None):
     """The run's FastBERT: as `deebert`, with the last classifier for a teacher in the place of the labels."""
-    return ramps(run, features, fastbert_loss, "FastBERT")
+    return ramps(run, vectors, fastbert_loss, "FastBERT")
 
 
-def ramps(run, features, loss, name):
-    """An `Exits` whose ramps alone are trained, and kept."""
+def ramps(run, vectors, loss, name):
+    """An `Exits` whose ramps alone are trained, on cached vectors."""
     # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate of
     # the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
     torch.manual_seed(run.args.seed)
-    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.device)
+    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.args.device)
 
-    def train_them():
-        fit(run, name, Ramps(exits), as_stage(loss), features() if features else train_features(run))
+    def train_them(args, record):
+        exits.heads.train()[-1].eval().requires_grad_(False)
+        train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record)
 
-    kept(run, name, exits.heads, train_them)
+    train_or_load(run, name, exits.heads, train_them)
     return exits.eval()
 
 
-def train_features(run):
+def train_vectors(run):
     """The [CLS] vectors of stage 1's backbone over the training set."""
-    return train.Features(run.stage1.bert, run.train, run.device, run.precision)
+    return train.Vectors(run.stage1.bert, run.train, run.args)
 
 
 def pabee(run):
     """The run's PABEE: backbone and ramps together."""
     # DIFFERS: from stage 1's weights, as DACT, where the paper starts from the pretrained ones.
     torch.manual_seed(run.args.seed)
-    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.device)
+    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.args.device)
     train.without_dropout(exits.backbone)
-    return kept(run, "PABEE", exits, lambda: fit(run, "PABEE", exits, as_stage(pabee_loss), run.train))
+    return trained(run, "PABEE", exits, as_stage(pabee_loss))
 
 
 def first_blocks(run, k):
@@ -338,155 +302,137 @@ def first_blocks(run, k):
     model = train.starting_model(args)[0]
     model.bert.blocks = model.bert.blocks[:k]
     model.bert.config = replace(model.bert.config, num_hidden_layers=k)
-    model.to(run.device)
-    return kept(run, f"first-{k}", model, lambda: fit(run, f"first-{k}", model, train.stage1_loss, run.train))
+    return trained(run, f"first-{k}", model.to(run.args.device), train.stage1_loss)
 
 
 def longer(run):
     """Stage 1 once more, from the weights that it left: a `BertClassifier` that has trained as long as DACT."""
     model = copy.deepcopy(run.stage1)
     train.without_dropout(model.bert)
-    return kept(run, "longer", model, lambda: fit(run, "longer", model, train.stage1_loss, run.train))
+    return trained(run, "longer", model, train.stage1_loss)
 
 
-def fit(run, name, model, loss, dataset, **changes):
-    """`train.fit` in a folder of its own; an interrupted one goes on where it was.
+def trained(run, name, model, loss):
+    """`model` as a whole, trained on the run's training set with the run's settings, or loaded."""
 
-    changes: settings that differ from the run's, such as head_lr.
+    def train_it(args, record):
+        train.fit(name, model.train(), loss, run.train, args, record)
+
+    return train_or_load(run, name, model, train_it)
+
+
+def train_or_load(run, name, model, train_it):
+    """`model` with the weights of the run's <name>.pt. If there is none, train_it(args, record) makes them first.
+
+    An interrupted training goes on where it was. args: the run's settings; record: the `train.Record` for `train.fit`.
     """
-    args = argparse.Namespace(**(vars(run.args) | changes))
-    args.out = run.kept / name.lower()
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "checkpoint.pt"
-    checkpoint = bert.load_pickle(path) if path.exists() else None
-    # Heads over cached vectors learn in full precision, as those over a backbone do (`dact.DactBert.head`).
-    precision = run.precision if dataset is run.train else "float32"
-    try:
-        train.fit(name, model, loss, dataset, args, run.device, precision, checkpoint)
-    except data.InputError as error:
-        what = str(error).partition(";")[0]  # behind it stand flags of train.py
-        raise data.InputError(f"{what}; repeat the command, or delete {args.out} to train {name} anew") from None
-    path.unlink()
-
-
-def kept(run, name, model, train_it):
-    """`model` with the weights of the run's <name>.pt; if there is none, `train_it()` trains it and they are kept."""
-    path = run.kept / f"{name.lower()}.pt"
+    path = run.trained / f"{name.lower()}.pt"
     if path.exists():
         saved = bert.load_pickle(path)
-        try:
+        with data.reading(path, "it is not of this run; delete it to train it again"):
             model.load_state_dict(saved)
-        except (RuntimeError, KeyError, TypeError, AttributeError):
-            raise data.InputError(f"{path}: not of this run; delete it to train it again") from None
-    else:
-        train_it()
-        train.save(path, model.state_dict())
+        return model.eval()
+    args = argparse.Namespace(**vars(run.args) | {"out": run.trained / name.lower()})
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.pt"
+    try:
+        train_it(args, train.Record(args, bert.load_pickle(checkpoint) if checkpoint.exists() else None))
+    except data.InputError as error:
+        what = str(error).partition(";")[0]  # after it stand flags of train.py
+        raise data.InputError(f"{what}; repeat the command, or delete {args.out} to train {name} anew") from None
+    checkpoint.unlink(missing_ok=True)
+    train.save(path, model.state_dict())
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 3.1: DeeBERT as a case of DACT
+# ---- Section 3.1: DeeBERT as a case of DACT -------------------------------------------------------------------------
 
 
-class EntropyDact(dact.DactBert):
-    """DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w_n (H(y_n) - S_n)), H in nats.
+class EntropyHead(nn.Module):
+    """A head of DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w (H(y_n) - S)), in nats.
 
-    logits: (n, hidden) -> logits of y_n, such as those of a trained DeeBERT or DACT on this backbone. S_n is the
-    threshold of block n, DeeBERT's own hyper-parameter: below it h_n < 1/2. tied: one w and S for all blocks, as in
-    DeeBERT. With a large w the gate is a step, all weight lies on the first block below its S_n, and DACT *is* DeeBERT
-    (on DeeBERT's ramps).
+    answer: [CLS] (B, D) -> logits of y_n, such as an off-ramp of DeeBERT's; it does not learn with this. S is DeeBERT's
+    threshold: below it h_n < 1/2. With a large w the gate is a step, all weight lies on the first block below its S, and
+    DACT *is* DeeBERT (on DeeBERT's ramps).
     """
 
-    def __init__(self, backbone, logits, tied, threshold, weight=10.0):
-        nn.Module.__init__(self)  # no heads of its own
-        self.backbone, self.logits = backbone, logits
-        halts = [nn.Linear(1, 1) for _ in backbone.blocks]
-        for halt in halts:
-            nn.init.constant_(halt.weight, weight)
-            nn.init.constant_(halt.bias, -weight * threshold)
-        self.halts = nn.ModuleList(halts[:1] * len(halts) if tied else halts)
-
-    def head(self, n, hidden):
-        """y_n (B, C), h_n (B,), as in DACT."""
-        logits = self.logits(n, hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return logits.softmax(-1), self.halts[n - 1](entropy(logits)[:, None]).squeeze(-1).sigmoid()
-
-    def thresholds(self):
-        """S_n = -bias / weight in nats, one for each block."""
-        return [(-halt.bias / halt.weight).item() for halt in self.halts]
-
-
-class EntropyAlone(nn.Module):
-    """The halting values of an `EntropyDact` over cached answers: logits (B, N, C) -> y (N, B, C), h (N, B)."""
-
-    def __init__(self, halts):
+    def __init__(self, answer, halt):
         super().__init__()
-        self.heads = halts
+        self.answer, self.halt = answer, halt
 
-    def forward(self, logits):
-        h = [halt(entropy(x)[:, None]).squeeze(-1) for halt, x in zip(self.heads, logits.unbind(1))]
-        return logits.softmax(-1).transpose(0, 1), torch.stack(h).sigmoid()
+    def forward(self, cls):
+        with torch.no_grad():
+            logits = self.answer(cls)
+        with torch.autocast(cls.device.type, enabled=False):
+            return logits.softmax(-1), self.halt(entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
-
-def ramp_logits(exits, features):
-    """A dataset like `features`, of the frozen ramps' logits (B, N, C) in the place of the [CLS] vectors."""
-    logits = copy.copy(features)
-    device = next(exits.parameters()).device
-    with torch.no_grad():
-        answers = [head(x.to(device)).cpu() for head, x in zip(exits.eval().heads, features.cls.unbind(1))]
-    logits.cls = torch.stack(answers, 1)
-    return logits
+    def threshold(self):
+        """S = -bias / weight, in nats."""
+        return (-self.halt.bias / self.halt.weight).item()
 
 
-def entropy_dact(run, exits, logits, tied, threshold):
-    """The third stage of section 3.1: only the confidence functions are trained, by equation (3), from a start S.
+def entropy_dact(model, answers, tied, S, weight=10.0):
+    """A `DactBert` on the backbone of `model` whose heads are `EntropyHead`s on `answers`, all from a threshold of S nats.
 
-    logits: a function that gives the `ramp_logits` of the training set.
+    model: a `DactBert`. answers: a function for each block. tied: one w and one S for all blocks, as in DeeBERT.
     """
-    model = EntropyDact(exits.backbone, exits.logits, tied, threshold).to(run.device)
-    name = f"entropy-{'tied' if tied else 'untied'}-{threshold:g}"
-    # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch of them costs nothing.
-    longer = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2}
-    loss = train.stage2_loss(run.args.tau)
-    kept(run, name, model.halts, lambda: fit(run, name, EntropyAlone(model.halts), loss, logits(), **longer))
+    halts = [nn.Linear(1, 1) for _ in answers]
+    for halt in halts:
+        nn.init.constant_(halt.weight, weight)
+        nn.init.constant_(halt.bias, -weight * S)
+    heads = [EntropyHead(answer, halts[0] if tied else halt) for answer, halt in zip(answers, halts)]
+    return train.replaced(model, heads=nn.ModuleList(heads).to(next(model.parameters()).device))
+
+
+def answers_of(model):
+    """Of a `DactBert`, the functions [CLS] -> logits of y_n, for `entropy_dact`."""
+    return [lambda cls, head=head: head.logits(cls)[0] for head in model.heads]
+
+
+def learned_entropy_dact(run, exits, vectors, tied, S):
+    """The third stage of section 3.1: on DeeBERT's ramps only the confidence functions are trained, by (3), from a start S.
+
+    vectors: a function that gives `train_vectors`.
+    """
+    answers = [partial(exits.answer, n) for n in range(1, len(exits.heads) + 1)]
+    model = entropy_dact(train.replaced(run.dact, backbone=exits.backbone), answers, tied, S)
+    name = f"entropy-{'tied' if tied else 'untied'}-{S:g}"
+
+    def train_it(args, record):
+        # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
+        args.epochs, args.head_lr = 10 * args.epochs, 5e-2
+        train.fit(name, train.over_vectors(model), train.stage2_loss(args.tau), vectors(), args, record)
+
+    train_or_load(run, name, model.heads, train_it)
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DACT at another price of a block
+# ---- DACT at another price of a block -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def over_features(model, features):
-    """A `DactBert`'s heads over cached vectors: logits of y (N, n, C), and z (N, n), h before the sigmoid."""
-    device = next(model.parameters()).device
-    pairs = [head.logits(x.to(device)) for head, x in zip(model.heads, features.cls.unbind(1))]
-    return tuple(torch.stack(column).cpu() for column in zip(*pairs))
-
-
-def dact_over_tau(run, taus, features):
+def dact_over_tau(run, taus, vectors):
     """The run's DACT with its halting units alone trained anew, by equation (3), at other prices: {tau: `DactBert`}.
 
-    "The training of only the confidence functions" (section 3.1). features: a function that gives the `train.Features`
+    "The training of only the confidence functions" (section 3.1). vectors: a function that gives the `train.Vectors`
     of its backbone over the training set.
     """
 
     def at(tau):
-        model = copy.deepcopy(run.dact, {id(run.dact.backbone): run.dact.backbone})  # all but the backbone
-        name, longer = f"tau-{tau:g}", {"epochs": 3 * run.args.epochs}  # as in `train.learn_halting`
-
-        def train_them():
-            fit(run, name, train.HaltingAlone(model.heads), train.stage2_loss(tau), features(), **longer)
-
-        kept(run, name, model.heads, train_them)
+        model = train.replaced(run.dact, heads=copy.deepcopy(run.dact.heads))
+        train_or_load(run, f"tau-{tau:g}", model.heads,
+                      lambda args, record: train.learn_halting(model, tau, vectors(), args, record))  # fmt: skip
         return model.eval()
 
     return {tau: at(tau) for tau in taus}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and command lines
+def logits_of(model, vectors, args):
+    """A `DactBert`'s heads over `Vectors`: logits of y (N, n, C), and z (N, n), h before the sigmoid."""
+    model = train.replaced(model, heads=[head.logits for head in model.heads])
+    return train.outputs(train.over_vectors(model), vectors, args)
+
+
+# ---- Pictures and command lines -------------------------------------------------------------------------------------
 
 
 def save_figure(figure, path, dpi=150):

@@ -72,9 +72,7 @@ def uniform_entropy(lengths):
 
 def reached(run, dataset):
     """The share of a dataset, 0 to 1, on which DACT runs block 1 .. N under the run's rule."""
-    forms = {"DACT": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule])}
-    found = train.answer(forms, dataset, run.args.batch, run.device, run.precision, passes=1)
-    exit_block = found["DACT"].exit_block
+    exit_block = train.predict(partial(run.dact.early_exit, rule=dact.RULES[run.args.rule]), dataset, run.args).exit_block
     return [(exit_block >= n).double().mean().item() for n in range(1, len(run.dact.backbone.blocks) + 1)]
 
 
@@ -82,10 +80,10 @@ def measure(run, count):
     """A run's `Panel`, from the first `count` examples of its dev set; attention is computed in float32."""
     dev = run.dev.part(np.arange(min(count, len(run.dev))))
     backbones = {"DACT": run.dact.backbone, "DeeBERT": run.stage1.bert}
-    found = {name: head_entropies(model, dev, run.args.batch, run.device) for name, model in backbones.items()}
+    found = {name: head_entropies(model, dev, run.args.batch, run.args.device) for name, model in backbones.items()}
     part = f"first {len(dev)} of {len(run.dev)}" if len(dev) < len(run.dev) else f"all {len(dev)}"
     title = f"{run.args.task}: {part} dev examples"
-    return Panel(title, found, reached(run, dev), uniform_entropy(dev.lengths), run.args.rule)
+    return Panel(title, found, reached(run, dev), uniform_entropy(dev.lengths), train.RULE_NAMES[run.args.rule])
 
 
 def table(panel):
@@ -129,7 +127,7 @@ def draw_panel(axes, panel):
     axes.set_xlim(0.5, N + 0.5)
     axes.set_ylim(bottom=0)
     axes.set_title(panel.title, fontsize=11)
-    axes.set_xlabel(f"block; below it, how many of the examples reach it in DACT (rule {panel.rule!r})", fontsize=9)
+    axes.set_xlabel(f"block; below it, how many of the examples reach it in DACT ({panel.rule})", fontsize=9)
 
 
 def main(argv):

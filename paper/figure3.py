@@ -45,12 +45,12 @@ def main(argv):
         run = baselines.open_run(folder, args.data)
         attributions.check_examples(run, args.examples)
         exits = baselines.deebert(run)
-        (logits,) = baselines.over_dev(run, exits)
+        (logits,) = train.outputs(exits, run.dev, run.args)
 
         def deebert(S, logits=logits):
             return baselines.simulate(logits, partial(baselines.entropy_rule, S=S))
 
-        S = baselines.setting(deebert, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
+        S = baselines.bisect_to_depth(deebert, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
         labels, _ = deebert(S)
         examples = args.examples or first_right(run, labels)
         rows = {i: [deebert_row(run, exits, S, i, args.steps), dact_row(run, i, args.steps)] for i in examples}
@@ -109,8 +109,7 @@ def note(run, found):
     return f"{change}; {attributions.described(run, [found])}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As a page, and as a picture
+# ---- As a page, and as a picture ------------------------------------------------------------------------------------
 
 
 def page(run, rows):

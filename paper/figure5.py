@@ -24,21 +24,22 @@ class Panel(NamedTuple):
     """What is drawn of one run."""
 
     title: str
-    exits: dict  # form: a list of N counts
-    scores: dict  # form: {metric: percent}
+    exits: dict  # variant: a list of N counts
+    scores: dict  # variant: {metric: percent}
 
 
 def measure(run, thresholds):
     """A run's `Panel`: its dev set through DACT and through DeeBERT, which is trained first if it has not been."""
     ramps = baselines.deebert(run)
     rules = {"DACT, rule (4)": dact.paper_rule, "DACT, exact rule": dact.exact_rule}
-    forms = {name: partial(run.dact.early_exit, rule=rule) for name, rule in rules.items()}
+    variants = {name: partial(run.dact.early_exit, rule=rule) for name, rule in rules.items()}
     for S in thresholds:
-        forms[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
-    answers = train.answer(forms, run.dev, run.args.batch, run.device, run.precision, passes=1)
-    N = len(run.dact.backbone.blocks)
-    exits = {form: train.blocks_used(found, N)["exit_histogram"] for form, found in answers.items()}
-    scores = {form: train.scores(found.labels, run.dev.labels, run.args.task) for form, found in answers.items()}
+        variants[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
+    N, exits, scores = len(run.dact.backbone.blocks), {}, {}
+    for name, variant in variants.items():
+        labels, exit_block = train.predict(variant, run.dev, run.args)
+        exits[name] = train.blocks_used(exit_block, N)["exit_histogram"]
+        scores[name] = train.scores(labels, run.dev.labels, run.args.task)
     return Panel(f"{run.args.task}: {len(run.dev)} dev examples", exits, scores)
 
 
@@ -52,9 +53,9 @@ def table(panel):
     N, metric = len(next(iter(panel.exits.values()))), next(iter(next(iter(panel.scores.values()))))
     lines = [f"{panel.title}; how many leave after block"]
     lines.append(f"{'':<22}" + "".join(f"{n:>6}" for n in range(1, N + 1)) + f"   mean block{metric:>11}")
-    for form, counts in panel.exits.items():
+    for name, counts in panel.exits.items():
         row = "".join(f"{count:>6}" for count in counts)
-        lines.append(f"{form:<22}{row}{mean_block(counts):>13.2f}{panel.scores[form][metric]:>10.1f}%")
+        lines.append(f"{name:<22}{row}{mean_block(counts):>13.2f}{panel.scores[name][metric]:>10.1f}%")
     return "\n".join(lines)
 
 
@@ -71,11 +72,11 @@ def draw(panels):
 
 def draw_panel(axes, panel):
     width, seen = 0.84 / len(panel.exits), {"DACT": 0, "DeeBERT": 0}
-    for i, (form, counts) in enumerate(panel.exits.items()):
-        system = form.split(",")[0]
+    for i, (name, counts) in enumerate(panel.exits.items()):
+        system = name.split(",")[0]
         blocks = np.arange(1, len(counts) + 1)
         axes.bar(
-            blocks + width * (i - (len(panel.exits) - 1) / 2), counts, width, label=form, edgecolor="white",
+            blocks + width * (i - (len(panel.exits) - 1) / 2), counts, width, label=name, edgecolor="white",
             color=COLOURS[system][seen[system] % 2], hatch=HATCHES[seen[system] % 4],
         )  # fmt: skip
         seen[system] += 1

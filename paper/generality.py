@@ -25,34 +25,32 @@ def main(argv):
 
 
 def learn(run):
-    """({form: inputs -> Halted} to be measured, {name: thresholds in nats}), each trained unless the run holds it."""
-    features = cache(partial(baselines.train_features, run))  # computed once, and only if something has to be trained
-    exits = baselines.deebert(run, features)
-    logits = cache(lambda: baselines.ramp_logits(exits, features()))
-    forms, learned = {}, {}
+    """({variant: inputs -> Halted} to be measured, {name: thresholds in nats}), each trained unless the run holds it."""
+    vectors = cache(partial(baselines.train_vectors, run))  # computed once, and only if something has to be trained
+    exits = baselines.deebert(run, vectors)
+    variants, learned = {}, {}
     for tied in (True, False):
         for start in STARTS:
-            model = baselines.entropy_dact(run, exits, logits, tied, start)
+            model = baselines.learned_entropy_dact(run, exits, vectors, tied, start)
             name = f"{'tied' if tied else 'untied'}, from S = {start}"
-            learned[name] = model.thresholds()[: 1 if tied else None]
-            forms[f"DACT, {name}"] = model.early_exit
+            learned[name] = [head.threshold() for head in model.heads][: 1 if tied else None]
+            variants[f"DACT, {name}"] = model.early_exit
             if tied:
                 S = learned[name][0]
-                forms[f"DeeBERT, S = {S:.3f}"] = partial(exits.early_exit, rule=partial(baselines.entropy_rule, S=S))
-    return forms, learned
+                variants[f"DeeBERT, S = {S:.3f}"] = partial(exits.early_exit, rule=partial(baselines.entropy_rule, S=S))
+    return variants, learned
 
 
-def report(run, forms, learned):
-    """Print the learned thresholds in nats, and what each of `forms` makes of the dev set."""
+def report(run, variants, learned):
+    """Print the learned thresholds in nats, and what each variant makes of the dev set."""
     print(f"\n{run.folder}: {run.args.task}, seed {run.args.seed}, tau {run.args.tau:g}; learned S in nats")
     for name, thresholds in learned.items():
         print(f"{name:<28}" + " ".join(f"{S:6.3f}" for S in thresholds))
-    answered = train.answer(forms, run.dev, run.args.batch, run.device, run.precision, passes=1)
-    for form, answers in answered.items():
-        scores = train.scores(answers.labels, run.dev.labels, run.args.task)
-        saved = train.blocks_used(answers, len(run.dact.backbone.blocks))["saved"]
-        line = "".join(f"  {name} {value:5.1f}%" for name, value in scores.items())
-        print(f"{form:<28}{line}  saved {saved:5.1f}%")
+    for name, variant in variants.items():
+        labels, exit_block = train.predict(variant, run.dev, run.args)
+        scores = train.scores(labels, run.dev.labels, run.args.task)
+        saved = train.blocks_used(exit_block, len(run.dact.backbone.blocks))["saved"]
+        print(f"{name:<28}" + "".join(f"  {metric} {x:5.1f}%" for metric, x in scores.items()) + f"  saved {saved:5.1f}%")
 
 
 if __name__ == "__main__":

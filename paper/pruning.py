@@ -43,16 +43,16 @@ def save_pruned(run, K):
     return path
 
 
-def answers_of(run, models, dataset, passes=2):
-    """{name: train.Answers} of models {name: DactBert} by early exit under the run's rule."""
-    forms = {name: partial(model.early_exit, rule=dact.RULES[run.args.rule]) for name, model in models.items()}
-    return train.answer(forms, dataset, run.args.batch, run.device, run.precision, passes)
+def variants_of(run, models):
+    """{name: inputs -> `dact.Halted`} of models {name: DactBert}: early exit under the run's rule."""
+    return {name: partial(model.early_exit, rule=dact.RULES[run.args.rule]) for name, model in models.items()}
 
 
 def last_block_reached(run):
     """K: the last block that a training example of the run reaches; prints where they leave."""
     N = len(run.dact.backbone.blocks)
-    used = train.blocks_used(answers_of(run, {"DACT": run.dact}, run.train, passes=1)["DACT"], N)
+    (variant,) = variants_of(run, {"DACT": run.dact}).values()
+    used = train.blocks_used(train.predict(variant, run.train, run.args).exit_block, N)
     print(f"training   {len(run.train)} examples leave after block 1 .. {N}: {used['exit_histogram']}")
     return max(n for n, count in enumerate(used["exit_histogram"], start=1) if count)
 
@@ -63,26 +63,25 @@ def changes(before, after, K):
     return went_past.sum().item(), (changed & went_past).sum().item(), (changed & ~went_past).sum().item()
 
 
-def report(run, models, files, answers):
-    """The table: both models {name: DactBert}, their files and their answers on the dev set."""
+def report(run, models, files, predictions, seconds):
+    """The table: both models {name: DactBert}, their files, predictions and seconds on the dev set."""
     metrics = "".join(f"{name:>10}" for name in data.TASKS[run.args.task].metrics)
     print(f"\ndev set   blocks   parameters         bytes   mean block   seconds{metrics}")
     sizes = {name: file.stat().st_size for name, file in files.items()}
     for name, model in models.items():
-        N, found = len(model.backbone.blocks), answers[name]
+        N, found = len(model.backbone.blocks), predictions[name]
         row = f"{name:<10}{N:>6}{sum(p.numel() for p in model.parameters()):>13,}{sizes[name]:>14,}"
-        row += f"{train.blocks_used(found, N)['mean_blocks']:>13.2f}{found.seconds:>10.2f}"
+        row += f"{train.blocks_used(found.exit_block, N)['mean_blocks']:>13.2f}{seconds[name]:>10.2f}"
         scores = train.scores(found.labels, run.dev.labels, run.args.task)
         print(row + "".join(f"{value:>9.1f}%" for value in scores.values()))
-    bytes_saved = 100 * (1 - sizes["pruned"] / sizes["unpruned"])
-    seconds = answers["unpruned"].seconds, answers["pruned"].seconds
-    print(f"saved      {bytes_saved:.1f} % of the bytes, {seconds[0] - seconds[1]:.2f} s of {seconds[0]:.2f} s")
+    bytes_saved, before = 100 * (1 - sizes["pruned"] / sizes["unpruned"]), seconds["unpruned"]
+    print(f"saved      {bytes_saved:.1f} % of the bytes, {before - seconds['pruned']:.2f} s of {before:.2f} s")
 
 
 def prune_run(run, keep):
     """Cut a run's model after block `keep`, or where the training set says if None; print what that gives and costs."""
     N = len(run.dact.backbone.blocks)
-    print(f"run        {run.folder}: {run.args.task}, {N} blocks, rule {run.args.rule!r}")
+    print(f"run        {run.folder}: {run.args.task}, {N} blocks, {train.RULE_NAMES[run.args.rule]}")
     if keep is not None and keep >= N:
         raise data.InputError(f"{run.folder}: --keep {keep} of {N} blocks drops none; give a number from 1 to {N - 1}")
     K = keep or last_block_reached(run)
@@ -90,13 +89,15 @@ def prune_run(run, keep):
         print(f"no block can be dropped: training examples reach block {N}; --keep K cuts after block K all the same")
         return
     path = save_pruned(run, K)
-    small = train.load_run(path, 2, run.args.task)[0].to(run.device).eval()  # what others will load, not what we had
+    small = train.load_run(path, 2, run.args.task).model.to(run.args.device).eval()  # what others will load, not what we had
     why = "as told" if keep else "which no training example reaches"
     print(f"dropped    block {K + 1} to {N}, {why}: {path}")
     models = {"unpruned": run.dact, "pruned": small}
-    answers = answers_of(run, models, run.dev)
-    report(run, models, {"unpruned": run.folder / "dact.pt", "pruned": path}, answers)
-    past, lost, others = changes(answers["unpruned"], answers["pruned"], K)
+    variants = variants_of(run, models)
+    predictions = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
+    seconds = train.seconds_of(variants, run.dev, run.args)
+    report(run, models, {"unpruned": run.folder / "dact.pt", "pruned": path}, predictions, seconds)
+    past, lost, others = changes(predictions["unpruned"], predictions["pruned"], K)
     print(f"answers    {past} of {len(run.dev)} dev examples went past block {K}; {lost} of them change their answer")
     print(f"           {others} of the other {len(run.dev) - past} change it")
 

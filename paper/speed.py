@@ -9,6 +9,7 @@ and an epoch stand against `transformers`, with SDPA attention and the same Adam
 Shapes: B sequences, T tokens, N blocks.
 """
 
+import argparse
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -43,8 +45,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)  # batches of the latency plot
 
 def main(argv):
     args = parse_arguments(argv)
-    device = train.pick_device()
-    precision, reason = train.pick_precision(device, None)
+    device, precision, reason = train.pick_hardware()
     peaks = {dtype: peak(device, dtype) for dtype in dict.fromkeys(("float32", precision))}
     print(
         f"device     {device}, {precision} ({reason}), {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
@@ -61,9 +62,10 @@ def main(argv):
     dataset = training_set(runs[0], args, tokenizer, config)  # what is wrong with it is said before anything is timed
     print(f"\n{'':<66}{'ratio':>8}{'goal':>10}")
     for run in runs:
-        found = sweep(run, sorted({*SIZES, args.batch}), args.repetitions, args.examples)
-        show(exit_rows(run, found, args.batch))
-        draw(run, found)
+        part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[: args.examples])
+        seconds = sweep(run, part, sorted({*SIZES, args.batch}), args.repetitions)
+        show(exit_rows(run, part, seconds, args.batch))
+        draw(run, part, seconds)
     show(step_rows(config if args.model else BERT_BASE, device, precision, args.repetitions))
     show(epoch_rows(config, dataset, args.batch, device, precision, args.repetitions))
     show(loading_rows(args.model, args.repetitions))
@@ -83,8 +85,7 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clock and table
+# ---- Clock and table ------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -137,48 +138,45 @@ def peak(device, dtype):
     return 2 * size**3 / min(timed({"product": lambda: a @ b}, 5)["product"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Early exit
+# ---- Early exit -----------------------------------------------------------------------------------------------------
 
 
-def sweep(run, sizes, repetitions, examples):
-    """{batch size: [{form: Answers} of each repetition]} over a part of the run's dev set.
+def sweep(run, part, sizes, repetitions):
+    """{(batch size, variant): [seconds of each repetition]} over a `Dataset`, a part of the run's dev set.
 
-    Forms: "full" and "early", and "padded" at batch 1: early exit of single rows as wide as others pad them.
+    Variants: "full" and "early", and "padded" at batch 1: early exit of single rows as wide as others pad them.
     """
-    part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[:examples])
-    N = len(run.dact.backbone.blocks)
-    forms = {
-        "full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
-        "early": partial(run.dact.early_exit, rule=dact.RULES[run.args.rule]),
-    }
-    padded = {"padded": lambda *inputs: forms["early"](*widened(inputs, run.dev.pad_id, stock_width(run)))}
-    found = {size: [] for size in sizes}
+    N, early = len(run.dact.backbone.blocks), early_exit(run)
+    variants = {"full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N), "early": early}
+    padded = {"padded": lambda *inputs: early(*widened(inputs, run.dev.pad_id, stock_width(run)))}
+    found = defaultdict(list)
     for _ in range(repetitions):
         for size in sizes:
-            asked = forms | (padded if size == 1 else {})
-            found[size].append(train.answer(asked, part, size, run.device, run.precision))
+            args = argparse.Namespace(**vars(run.args) | {"batch": size})
+            for name, taken in train.seconds_of(variants | (padded if size == 1 else {}), part, args).items():
+                found[size, name].append(taken)
     return found
 
 
-def exit_rows(run, found, batch):
+def early_exit(run):
+    """The run's early exit under its rule: inputs -> `dact.Halted`."""
+    return partial(run.dact.early_exit, rule=dact.RULES[run.args.rule])
+
+
+def exit_rows(run, part, seconds, batch):
     """Early exit against full depth, and against itself with one example at a time, which is how others evaluate."""
-    seconds = {
-        (size, form): [answers[form].seconds for answers in found[size]] for size in found for form in found[size][0]
-    }
-    used = found[batch][0]["early"].exit_block.double().mean().item() / len(run.dact.backbone.blocks)
+    exit_block = train.predict(early_exit(run), part, run.args).exit_block
+    used = exit_block.double().mean().item() / len(run.dact.backbone.blocks)
     name, full, early = run.folder.name, seconds[batch, "full"], seconds[batch, "early"]
     ideal = [used * x for x in full]
-    alone, full_alone = seconds[1, "early"], seconds[1, "full"]
-    examples = len(found[batch][0]["early"].labels)
-    padded = seconds[1, "padded"]
+    alone, full_alone, padded = (seconds[1, variant] for variant in ("early", "full", "padded"))
 
     def rates(*times):
-        return " against ".join(f"{examples / statistics.median(x):.4g}" for x in times) + " examples/s"
+        return " against ".join(f"{len(part) / statistics.median(x):.4g}" for x in times) + " examples/s"
 
     return [
         compared(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", early, ideal, ("<=", 1 / 0.9),
-                 f"{medians(early, ideal)}, {100 * (1 - used):.1f} % of blocks saved, {run.precision}"),
+                 f"{medians(early, ideal)}, {100 * (1 - used):.1f} % of blocks saved, {run.args.precision}"),
         compared(f"{name}: early exit at batch 1 / full depth", alone, full_alone, ("<=", 1.0),
                  medians(alone, full_alone)),
         compared(f"{name}: examples/s at batch {batch} / one at a time, same exit", alone, early, (">=", 3.0),
@@ -193,25 +191,25 @@ def stock_width(run):
     return min(STOCK_WIDTH, run.stage1.bert.config.max_tokens)
 
 
-def draw(run, found):
+def draw(run, part, seconds):
     """Latency of a batch against its size: speed.png in the run's folder."""
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    examples = len(found[1][0]["full"].labels)
-    for form, label in (("full", "full depth"), ("early", "early exit")):
-        taken = {size: statistics.median(a[form].seconds for a in answers) for size, answers in found.items()}
-        latency = [1000 * seconds / math.ceil(examples / size) for size, seconds in taken.items()]
-        axes.plot(list(taken), latency, "o-", label=label)
+    sizes = sorted({size for size, _ in seconds})
+    for variant, label in (("full", "full depth"), ("early", "early exit")):
+        latency = [1000 * statistics.median(seconds[size, variant]) / math.ceil(len(part) / size) for size in sizes]
+        axes.plot(sizes, latency, "o-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(list(found), list(found))
-    axes.set(xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.device})")
+    axes.set_xticks(sizes, sizes)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set(xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.args.device})")
     axes.legend()
     baselines.save_figure(figure, run.folder / "speed.png")
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def training_flops(config, B, T, num_classes=2):
@@ -360,8 +358,7 @@ def widened(inputs, pad_id, width):
     return tuple(F.pad(x, missing, value=fill) for x, fill in zip(inputs, (pad_id, 0, False)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# ---- Loading --------------------------------------------------------------------------------------------------------
 
 LOADER = """
 import sys, time

@@ -85,8 +85,7 @@ def main(argv):
     print(f"saved {out}/table1.md and table1.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
+# ---- One run --------------------------------------------------------------------------------------------------------
 
 
 def table_of(metrics):
@@ -102,7 +101,7 @@ def measured(folder, data_folder, systems):
     "answers": a digit for each dev example}}, "labels": the digits, "curves": {system: [[saved %, metric %]]}, "blocks":
     {system: [% of each block]}, "chosen": {row: x}}
     """
-    path = baselines.kept_folder(folder) / "table1.json"
+    path = baselines.trained_folder(folder) / "table1.json"
     if path.exists():
         try:
             found = json.loads(path.read_text())
@@ -127,29 +126,29 @@ def measure(run, systems):
 
 
 class Contest:
-    """The systems of one run's table. Each enters with rows to be measured, and with the curve behind them.
+    """The systems of one run's table. Each enters with rows to be measured, and with the curve that they lie on.
 
-    forms    {row: inputs -> `dact.Halted`}
+    variants {row: inputs -> `dact.Halted`}
     chosen   {row: the setting x of the system's knob}
     curves   {system, knob: [[blocks saved %, metric %]]}
-    said     {system: what each block's head answers (N, n) about the n dev examples}
+    answers  {system: what each block's head answers (N, n) on the n dev examples}
     goals    {what a knob is turned for: mean blocks}
     """
 
     def __init__(self, run):
         self.run, self.N = run, len(run.dact.backbone.blocks)
         self.goals = {HALF: self.N / 2, DEPTH: run.metrics["rules"]["paper"]["mean_blocks"]}
-        self.forms, self.chosen, self.curves, self.said = {}, {}, {}, {}
-        self.of_dev = train.Features(run.dact.backbone, run.dev, run.device, run.precision)
-        self.logits, self.z = baselines.over_features(run.dact, self.of_dev)
+        self.variants, self.chosen, self.curves, self.answers = {}, {}, {}, {}
+        self.of_dev = train.Vectors(run.dact.backbone, run.dev, run.args)
+        self.logits, self.z = baselines.logits_of(run.dact, self.of_dev, run.args)
         self.y = self.logits.softmax(-1)
         self.highest_S = 1.001 * math.log(len(run.labels))
         # Computed once, and only if ramps have to be trained.
-        self.features = cache(partial(baselines.train_features, run))
+        self.vectors = cache(partial(baselines.train_vectors, run))
 
     def enter(self, row, form, x):
         """form: x -> what is to be measured."""
-        self.chosen[row], self.forms[row] = x, form(x)
+        self.chosen[row], self.variants[row] = x, form(x)
 
     def turn(self, system, knob, form, simulated, high, low=0.0, goals=(HALF, DEPTH)):
         """A row for the x from `low` to `high` that uses as many blocks as each goal says, and the curve from `high` to 0.
@@ -157,10 +156,10 @@ class Contest:
         simulated: x -> (labels, exit_block); the more x, the fewer blocks.
         """
         for goal in goals:
-            x = baselines.setting(simulated, self.goals[goal], high, low)
+            x = baselines.bisect_to_depth(simulated, self.goals[goal], high, low)
             self.enter(f"{system}, {knob} for {goal}", form, x)
         depths = torch.linspace(1, self.N, 4 * self.N - 3).tolist()
-        settings = [high, *(baselines.setting(simulated, blocks, high) for blocks in depths), 0.0]
+        settings = [high, *(baselines.bisect_to_depth(simulated, blocks, high) for blocks in depths), 0.0]
         self.curve(f"{system}, over {knob}", simulated, settings)
 
     def nearest(self, system, knob, form, simulated, settings, goals=(HALF, DEPTH)):
@@ -177,31 +176,31 @@ class Contest:
 
     def by(self, system, exits, rule, knob):
         """Two functions of a rule's knob: the form of an `Exits` under it, and what that would leave where."""
-        (logits,) = baselines.over_dev(self.run, exits)
-        self.said[system] = logits.argmax(-1)
+        (logits,) = train.outputs(exits, self.run.dev, self.run.args)
+        self.answers[system] = logits.argmax(-1)
         return (
             lambda x: partial(exits.early_exit, rule=partial(rule, **{knob: x})),
             lambda x: baselines.simulate(logits, partial(rule, **{knob: x})),
         )
 
     def results(self):
-        """All forms over the dev set: what `measured` keeps of the run."""
+        """All variants over the dev set: what `measured` keeps of the run."""
         run, rows = self.run, {}
-        answered = train.answer(self.forms, run.dev, run.args.batch, run.device, run.precision)
-        for form, answers in answered.items():
-            rows[form] = train.scores(answers.labels, run.dev.labels, run.args.task)
-            rows[form] |= {"saved": train.blocks_used(answers, self.N)["saved"], "seconds": answers.seconds}
-            rows[form]["time"] = 100 * answers.seconds / answered["base"].seconds
-            rows[form]["answers"] = digits(answers.labels)
-            if (system := form.split(",")[0]) in self.said:
-                rows[form]["shuffled"] = train.dealt_by_chance(
-                    self.said[system], answers.exit_block, partial(first_metric, run)
-                )
+        task, labels = run.args.task, run.dev.labels
+        seconds = train.seconds_of(self.variants, run.dev, run.args)
+        for name, variant in self.variants.items():
+            predictions = train.predict(variant, run.dev, run.args)
+            rows[name] = train.scores(predictions.labels, labels, task)
+            rows[name] |= {"saved": train.blocks_used(predictions.exit_block, self.N)["saved"], "seconds": seconds[name]}
+            rows[name] |= {"time": 100 * seconds[name] / seconds["base"], "answers": digits(predictions.labels)}
+            if (system := name.split(",")[0]) in self.answers:
+                chance = train.by_chance(self.answers[system], predictions.exit_block, labels, task)
+                rows[name]["shuffled"] = chance[data.TASKS[task].metrics[0]]
         majority = torch.full_like(run.dev.labels, run.train.labels.mode().values.item())
         rows["majority"] = train.scores(majority, run.dev.labels, run.args.task)
         blocks = {
             system.removesuffix(" by entropy"): [first_metric(run, labels) for labels in by_block]
-            for system, by_block in self.said.items()
+            for system, by_block in self.answers.items()
         }
         return {
             "rows": rows, "labels": digits(run.dev.labels), "curves": self.curves, "blocks": blocks, "chosen": self.chosen
@@ -211,27 +210,27 @@ class Contest:
 def enter_dact(contest):
     """The base, DACT as stage 2 left it, by a lower bias, and by entropy."""
     run, y, z, N = contest.run, contest.y, contest.z, contest.N
-    contest.forms |= {
+    contest.variants |= {
         "base": lambda *inputs: train.all_blocks(run.stage1(*inputs), N),
         "DACT, rule (4)": run.dact.early_exit,
         "DACT, exact rule": partial(run.dact.early_exit, rule=dact.exact_rule),
     }
     contest.turn("DACT", "bias", lambda x: baselines.lowered(run.dact, x).early_exit,
-                 lambda x: baselines.halted(y, z - x), 40.0, -40.0, (HALF,))  # fmt: skip
-    H, logits = baselines.entropy(contest.logits), baselines.answers_of(run.dact)
-    contest.said["DACT by entropy"] = y.argmax(-1)
+                 lambda x: baselines.simulate_dact(y, z - x), 40.0, -40.0, (HALF,))  # fmt: skip
+    H, answers = baselines.entropy(contest.logits), baselines.answers_of(run.dact)
+    contest.answers["DACT by entropy"] = y.argmax(-1)
     contest.turn("DACT by entropy", "S",
-                 lambda S: baselines.EntropyDact(run.dact.backbone, logits, True, S, STEEP).to(run.device).early_exit,
-                 lambda S: baselines.halted(y, STEEP * (H - S)), contest.highest_S)  # fmt: skip
+                 lambda S: baselines.entropy_dact(run.dact, answers, True, S, STEEP).early_exit,
+                 lambda S: baselines.simulate_dact(y, STEEP * (H - S)), contest.highest_S)  # fmt: skip
 
 
 def enter_tau(contest):
     """DACT with its halting units trained anew, at other prices of a block."""
     run = contest.run
-    of_train = cache(partial(train.Features, run.dact.backbone, run.train, run.device, run.precision))
+    of_train = cache(partial(train.Vectors, run.dact.backbone, run.train, run.args))
     models = baselines.dact_over_tau(run, TAUS, of_train)
     at = {
-        tau: baselines.halted(contest.y, baselines.over_features(model, contest.of_dev)[1])
+        tau: baselines.simulate_dact(contest.y, baselines.logits_of(model, contest.of_dev, run.args)[1])
         for tau, model in models.items()
     }
     contest.nearest("DACT", "tau", lambda tau: models[tau].early_exit, at.get, TAUS[::-1], (HALF,))
@@ -240,20 +239,20 @@ def enter_tau(contest):
 def enter_longer(contest):
     """The base, trained for as long as DACT."""
     model = baselines.longer(contest.run)
-    contest.forms["base, stage 1 twice"] = lambda *inputs: train.all_blocks(model(*inputs), contest.N)
+    contest.variants["base, stage 1 twice"] = lambda *inputs: train.all_blocks(model(*inputs), contest.N)
 
 
 def enter_deebert(contest):
     """At the thresholds of the paper's table, and at those that use as many blocks as DACT."""
-    exits = baselines.deebert(contest.run, contest.features)
+    exits = baselines.deebert(contest.run, contest.vectors)
     form, simulated = contest.by("DeeBERT", exits, baselines.entropy_rule, "S")
-    contest.forms |= {f"DeeBERT, S = {S:.2f}": form(S) for S in (0.25, 0.5, 0.75)}
+    contest.variants |= {f"DeeBERT, S = {S:.2f}": form(S) for S in (0.25, 0.5, 0.75)}
     contest.turn("DeeBERT", "S", form, simulated, contest.highest_S)
 
 
 def enter_fastbert(contest):
     """By its own normalised entropy, the "speed"."""
-    exits = baselines.fastbert(contest.run, contest.features)
+    exits = baselines.fastbert(contest.run, contest.vectors)
     contest.turn("FastBERT", "speed", *contest.by("FastBERT", exits, baselines.speed_rule, "speed"), 1.001)
 
 
@@ -297,8 +296,7 @@ def point(run, labels, exit_block):
     return [100 * (1 - exit_block.double().mean().item() / len(run.dact.backbone.blocks)), first_metric(run, labels)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All runs of one task, model and settings
+# ---- All runs of one task, model and settings -----------------------------------------------------------------------
 
 
 def markdown(task, model, settings, results):

@@ -52,8 +52,7 @@ def ends(model):
         return model.backbone.embed(IDS, SEGMENTS)[0], model.backbone.embed(EMPTIED, SEGMENTS)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# By hand
+# ---- By hand --------------------------------------------------------------------------------------------------------
 
 
 def test_a_linear_function_gives_every_token_its_weight_times_its_way():
@@ -151,8 +150,7 @@ def test_log_odds_by_hand_and_where_the_rest_is_too_small_for_one_minus():
     assert attributions.log_odds(a[:1], 1).item() == pytest.approx(-0.8473, abs=1e-4)  # log(0.3 / 0.7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against captum, on functions of the whole model written out once more
+# ---- Against captum, on functions of the whole model written out once more ------------------------------------------
 
 
 def captum_tokens(model, forward, steps=20):
@@ -214,10 +212,10 @@ def captum_conductance(score, layer, x, baseline, **kind):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_conductance_of_a_blocks_output_agrees_with_captum(model, n):
-    def ours(hidden, mask):
-        hidden = layer = attributions.run_blocks(model, n, hidden, mask)
-        for block in model.backbone.blocks[n:]:
+    def ours(hidden, mask, layer=None):
+        for i, block in enumerate(model.backbone.blocks, start=1):
             hidden = block(hidden, mask)
+            layer = hidden if i == n else layer
         return model.heads[1].logits(hidden[:, 0])[1], [layer]
 
     found = layer_conductance(ours, *ends(model), steps=20)
@@ -236,7 +234,7 @@ def test_conductance_of_the_weight_left_agrees_with_captum_and_is_complete(model
 
     found = layer_conductance(attributions.weight_left(model, 2), *ends(model), steps=20)
     for part, head in zip(found.parts, model.heads):
-        assert_close(part[0], captum_conductance(score, head.scale, *ends(model), attribute_to_layer_input=True))
+        assert_close(part, captum_conductance(score, head.scale, *ends(model), attribute_to_layer_input=True))
     sums = [part.sum().item() for part in found.parts]
     x, baseline = (score(end[None], MASK).item() for end in ends(model))
     many = layer_conductance(attributions.weight_left(model, 2), *ends(model), steps=2000)
@@ -252,8 +250,7 @@ def test_attributions_are_complete(model):
         assert found.parts.sum().item() == pytest.approx(x - baseline, rel=1e-3) and found.error < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The baseline
+# ---- The baseline ---------------------------------------------------------------------------------------------------
 
 
 def test_the_line_moves_words_alone_and_starts_at_their_baseline(toy_run):
@@ -274,8 +271,7 @@ def test_the_baseline_is_the_mask_where_there_is_one(toy_run):
     assert attributions.baseline_token(run._replace(tokenizer=bert.wordpiece_tokenizer(vocab))) == (4, "[MASK]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The figures
+# ---- The figures ----------------------------------------------------------------------------------------------------
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -289,8 +285,8 @@ def test_figure3_leaves_a_page_and_a_picture(toy_run, capsys):
     assert not re.search(r"<script|src=|href=|url\(|@import|http", text)  # nothing from outside
     chosen = [int(i) for i in re.findall(r"Dev example (\d+)", text)]
     run = baselines.open_run(toy_run)
-    answers = train.answer({"dact": run.dact.early_exit}, run.dev, 8, run.device, "float32")["dact"]
-    right = (answers.labels == run.dev.labels).nonzero().flatten().tolist()
+    predictions = train.predict(run.dact.early_exit, run.dev, run.args)
+    right = (predictions.labels == run.dev.labels).nonzero().flatten().tolist()
     assert len(chosen) == 2 and set(chosen) <= set(right) and chosen == sorted(chosen)
     for i in chosen:
         shown = " ".join(attributions.words_of(run, i))

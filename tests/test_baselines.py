@@ -8,8 +8,8 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fakes import google_arrays, short_toy_run, small_toy_task, write_glue, write_google
@@ -46,8 +46,7 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rules and losses, by hand
+# ---- Rules and losses, by hand --------------------------------------------------------------------------------------
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.999, 0.001]], dtype=torch.float64))
 
@@ -96,8 +95,7 @@ def test_losses_by_hand():
     assert baselines.pabee_loss(logits, label).item() == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("system", [baselines.deebert, baselines.fastbert])
@@ -111,18 +109,20 @@ def test_frozen_weights_stay_and_ramps_learn(run, system):
     assert same(weights(exits), weights(again))
 
 
-def test_ramps_on_cached_vectors_are_the_ramps_of_the_model(run):
-    features = train.Features(run.stage1.bert, run.dev, run.device, "float32")
-    exits = baselines.Exits(run.stage1.bert, run.stage1.classifier).eval()
+def test_a_model_over_cached_vectors_is_the_model(run):
+    exits = scattered(baselines.Exits(run.stage1.bert, run.stage1.classifier))
+    vectors = train.Vectors(exits.backbone, run.dev, run.args)
     for n, ramp in enumerate(exits.heads[:-1]):
-        torch.nn.init.normal_(ramp[-1].bias, mean=float(n))
         ramp[0].mean.fill_(0.1 * n)
     indices = data.evaluation_batches(run.dev.lengths, 20)[1]
     inputs, labels = run.dev.batch(indices)
-    (cls,), same_labels = features.batch(indices)
+    cached, same_labels = vectors.batch(indices)
     with torch.no_grad():
-        torch.testing.assert_close(baselines.Ramps(exits).eval()(cls), exits(*inputs), atol=1e-5, rtol=1e-5)
-    assert torch.equal(labels, same_labels)
+        torch.testing.assert_close(train.over_vectors(exits)(*cached), exits(*inputs), atol=1e-5, rtol=1e-5)
+    assert torch.equal(labels, same_labels) and exits.backbone is run.stage1.bert
+    rule = partial(baselines.entropy_rule, S=0.4)  # early exit, too
+    for ours, theirs in zip(train.over_vectors(exits).early_exit(*cached, rule=rule), exits.early_exit(*inputs, rule=rule)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_every_system_reads_on_one_scale_and_trains_without_dropout(run):
@@ -132,7 +132,7 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run):
     assert all(ramp[0].steps == batches for ramp in pabee.heads[:-1])
     for model in (pabee.backbone, baselines.longer(run).bert):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
-    cls = baselines.train_features(run).cls
+    cls = baselines.train_vectors(run).cls
     for system in (baselines.deebert, baselines.fastbert):
         for exits in (system(run), system(run)):  # trained, and from its file
             for n, ramp in enumerate(exits.heads[:-1]):
@@ -152,7 +152,7 @@ def test_the_longer_base_goes_on_from_stage_1(run):
     """At a learning rate of 0 it is stage 1 still; at the run's own it is not."""
     before = weights(run.stage1)
     assert not any(same({0: before[name]}, {0: tensor}) for name, tensor in weights(baselines.longer(run)).items())
-    (run.kept / "longer.pt").unlink()
+    (run.trained / "longer.pt").unlink()
     run.args.lr = 0.0
     assert same(before, weights(baselines.longer(run))) and same(before, weights(run.stage1))
 
@@ -167,7 +167,7 @@ def test_first_blocks_are_those_of_the_pretrained_model(tmp_path, task):
         assert train.main([str(word) for word in argv]) == 0
         run = baselines.open_run(tmp_path / "run", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: (run.kept / "first-1" / "checkpoint.pt").write_text(""))
+        patch.setattr(train, "fit", lambda *args: None)
         cut = baselines.first_blocks(run, 1)
     pretrained, _ = bert.load_pretrained(model, 2)
     assert len(cut.bert.blocks) == 1 and cut.bert.config.num_hidden_layers == 1
@@ -175,54 +175,53 @@ def test_first_blocks_are_those_of_the_pretrained_model(tmp_path, task):
 
 
 def test_precision(run, monkeypatch):
-    """Everything beside a run is in the run's own precision, but for heads over cached vectors: they are in full."""
-    assert run.precision == "float32"
+    """Everything beside a run is in the run's own precision, but heads are in full, always."""
     metrics = json.loads((run.folder / "metrics.json").read_text()) | {"precision": "bfloat16"}
     (run.folder / "metrics.json").write_text(json.dumps(metrics))
     run, used = baselines.open_run(run.folder), {}
 
-    def fit(name, model, loss, dataset, args, device, precision, checkpoint):
-        used[name] = precision
-        (args.out / "checkpoint.pt").write_text("")
+    def fit(name, model, loss, dataset, args, record):
+        used[name] = args.precision
+        with train.autocast(args):
+            assert model(*dataset.batch(np.arange(4))[0]).dtype == torch.float32 or name == "longer"
 
     monkeypatch.setattr(train, "fit", fit)
     for system in (baselines.deebert, baselines.fastbert, baselines.pabee, baselines.longer):
         system(run)
-    assert used == {"DeeBERT": "float32", "FastBERT": "float32", "PABEE": "bfloat16", "longer": "bfloat16"}
+    assert used == dict.fromkeys(("DeeBERT", "FastBERT", "PABEE", "longer"), "bfloat16")
 
 
 def test_an_interrupted_system_goes_on(run, monkeypatch, capsys):
     """16 steps an epoch, stopped in the second epoch of two."""
     run.args.epochs = 2
-    whole, progress = weights(baselines.pabee(run)), train.progress
-    (run.kept / "pabee.pt").unlink()
+    whole, add = weights(baselines.pabee(run)), train.Record.add
+    (run.trained / "pabee.pt").unlink()
 
-    def stop(stage, step, *rest):
+    def stop(record, step, *rest):
         if step > 20:
             raise KeyboardInterrupt
-        progress(stage, step, *rest)
+        add(record, step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "progress", stop)
+        patch.setattr(train.Record, "add", stop)
         baselines.pabee(run)
     assert same(whole, weights(baselines.pabee(run))) and "resumed" in capsys.readouterr().out
 
 
-def test_what_is_kept_belongs_to_one_run(run):
+def test_what_is_trained_belongs_to_one_run(run):
     """A run that is made anew in the same folder meets nothing of the old one's; what fits no model is refused."""
     first = weights(baselines.deebert(run).heads)
-    assert [file.name for file in run.kept.glob("*.pt")] == ["deebert.pt"]
+    assert [file.name for file in run.trained.glob("*.pt")] == ["deebert.pt"]
     metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1}
     (run.folder / "metrics.json").write_text(json.dumps(metrics))
     again = baselines.open_run(run.folder)
-    assert again.kept != run.kept and not same(first, weights(baselines.deebert(again).heads))
-    torch.save({}, again.kept / "deebert.pt")
+    assert again.trained != run.trained and not same(first, weights(baselines.deebert(again).heads))
+    torch.save({}, again.trained / "deebert.pt")
     with pytest.raises(data.InputError, match="delete it to train it again"):
         baselines.deebert(again)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exits
+# ---- Exits ----------------------------------------------------------------------------------------------------------
 
 
 def scattered(model):
@@ -240,7 +239,7 @@ def scattered(model):
 def exits_of(run, rule):
     """A scattered `Exits`, and what a rule makes of it on the dev set."""
     exits = scattered(baselines.Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier))
-    answers = train.answer({"x": partial(exits.early_exit, rule=rule)}, run.dev, 16, run.device, "float32")["x"]
+    answers = train.predict(partial(exits.early_exit, rule=rule), run.dev, run.args)
     return exits, answers
 
 
@@ -256,7 +255,7 @@ def test_s_0_runs_all_blocks_and_s_above_ln_c_runs_one(run):
 def test_batched_exit_is_the_exit_of_each_alone(run, rule):
     """Worked out from the logits of all blocks, one example at a time, against the batches that shrink."""
     exits, answers = exits_of(run, rule)
-    (logits,) = baselines.over_dev(run, exits)
+    (logits,) = train.outputs(exits, run.dev, run.args)
     labels, exit_block = baselines.simulate(logits, rule)
     assert torch.equal(exit_block, answers.exit_block) and torch.equal(labels, answers.labels)
     assert len(exit_block.unique()) > 2
@@ -269,80 +268,73 @@ def test_batched_exit_is_the_exit_of_each_alone(run, rule):
         assert (n, logits[n - 1, i].argmax()) == (exit_block[i], labels[i])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Section 3.1, and the scripts
+# ---- Section 3.1, and the scripts -----------------------------------------------------------------------------------
+
+
+def ramps_of(exits):
+    return [partial(exits.answer, n) for n in range(1, len(exits.heads) + 1)]
 
 
 def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
     exits = baselines.Exits(run.stage1.bert, run.stage1.classifier).eval()
-    tied, untied = (baselines.EntropyDact(exits.backbone, exits.logits, tied, 0.25, weight=8.0) for tied in (True, False))
-    assert tied.thresholds() == pytest.approx([0.25] * 6) == untied.thresholds()
-    assert [sum(p.numel() for p in model.halts.parameters()) for model in (tied, untied)] == [2, 12]
-    hidden = torch.randn(5, 3, 64)
-    y_n, h_n = tied.head(2, hidden)
+    tied, untied = (baselines.entropy_dact(run.dact, ramps_of(exits), tied, 0.25, weight=8.0) for tied in (True, False))
+    for model, parameters in ((tied, 2), (untied, 12)):
+        assert [head.threshold() for head in model.heads] == pytest.approx([0.25] * 6)
+        assert sum(p.numel() for p in model.heads.parameters()) == parameters
+    y_n, h_n = tied.heads[1](torch.randn(5, 64))
     H = -(y_n * y_n.log()).sum(1)
     torch.testing.assert_close(h_n, torch.sigmoid(8 * (H - 0.25)), atol=1e-5, rtol=1e-5)
-    before = weights(exits)
-    features = train.Features(run.stage1.bert, run.dev, run.device, "float32")
-    said = baselines.ramp_logits(exits, features)
-    (logits,) = baselines.over_dev(run, exits)
-    torch.testing.assert_close(said.cls.transpose(0, 1), logits, atol=1e-5, rtol=1e-5)
-    model = baselines.entropy_dact(run, exits, lambda: said, False, 0.25)
-    h = torch.stack([model.head(n, cls[:, None])[1] for n, cls in enumerate(features.cls.unbind(1), start=1)])
-    torch.testing.assert_close(baselines.EntropyAlone(model.halts)(said.cls)[1], h, atol=1e-5, rtol=1e-5)
-    assert same(before, weights(exits)) and model.thresholds() != pytest.approx([0.25] * 6, abs=1e-4)
+    before, heads = weights(exits), run.dact.heads
+    vectors = train.Vectors(run.stage1.bert, run.train, run.args)
+    model = baselines.learned_entropy_dact(run, exits, lambda: vectors, False, 0.25)
+    assert model.backbone is exits.backbone and run.dact.heads is heads and heads[0].halt is not None
+    y, _ = train.outputs(model, run.dev, run.args)
+    torch.testing.assert_close(y.log(), train.outputs(exits, run.dev, run.args)[0].log_softmax(-1), atol=1e-5, rtol=1e-4)
+    assert same(before, weights(exits))
+    assert [head.threshold() for head in model.heads] != pytest.approx([0.25] * 6, abs=1e-4)
 
 
 @pytest.mark.parametrize("S", [0.2, 0.4, 0.6])
 def test_deebert_is_a_case_of_dact(run, S):
     """Section 3.1: with a steep confidence function DACT leaves where DeeBERT leaves, with the same answer."""
     exits, deebert = exits_of(run, partial(baselines.entropy_rule, S=S))
-    model = baselines.EntropyDact(exits.backbone, exits.logits, True, S, weight=1e4)
-    adaptive = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
+    model = baselines.entropy_dact(train.replaced(run.dact, backbone=exits.backbone), ramps_of(exits), True, S, weight=1e4)
+    adaptive = train.predict(model.early_exit, run.dev, run.args)
     assert len(deebert.exit_block.unique()) > 2
     assert torch.equal(adaptive.exit_block, deebert.exit_block) and torch.equal(adaptive.labels, deebert.labels)
 
 
 def test_dact_by_entropy(run):
-    """With the heads of stage 2 it answers y_n of the first block n whose entropy is under S, as `halted` says too."""
+    """With the heads of stage 2 it answers y_n of the first block n whose entropy is under S, as `simulate_dact` says too."""
     S, model = 0.4, scattered(run.dact)
-    y, _ = baselines.over_dev(run, model)
-    by_entropy = baselines.EntropyDact(model.backbone, baselines.answers_of(model), True, S, weight=1e4)
-    answers = train.answer({"x": by_entropy.early_exit}, run.dev, 16, run.device, "float32")["x"]
+    y, _ = train.outputs(model, run.dev, run.args)
+    by_entropy = baselines.entropy_dact(model, baselines.answers_of(model), True, S, weight=1e4)
+    answers = train.predict(by_entropy.early_exit, run.dev, run.args)
     labels, exit_block = baselines.simulate(y.log(), partial(baselines.entropy_rule, S=S))
     assert torch.equal(answers.exit_block, exit_block) and torch.equal(answers.labels, labels)
-    found = baselines.halted(y, 1e4 * (-(y * y.log()).sum(-1) - S))
+    found = baselines.simulate_dact(y, 1e4 * (-(y * y.log()).sum(-1) - S))
     assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
 
 
-def test_dact_at_another_price(run, monkeypatch):
+def test_dact_at_another_price(run):
     """Halting alone is trained anew. A block at 5 nats is never worth its price, so all leave after block 1; where going
     on earns 5 nats a block, nobody leaves early. From its file too.
     """
-    heads, exits, said = weights(run.dact), [], []
-    features = train.Features(run.dact.backbone, run.train, run.device, "float32")
+    before, exits = weights(run.dact), []
+    vectors, dev = (train.Vectors(run.dact.backbone, part, run.args) for part in (run.train, run.dev))
     run.args.epochs, run.args.head_lr = 1, 0.1  # far enough for both ends
-    fit = baselines.fit
-
-    def fit_and_listen(run, name, model, loss, dataset, **changes):
-        fit(run, name, model, loss, dataset, **changes)
-        with torch.no_grad():
-            said.append(model(dataset.cls)[1])
-
-    monkeypatch.setattr(baselines, "fit", fit_and_listen)
-    for tau, model in baselines.dact_over_tau(run, (-5.0, 5.0), lambda: features).items():
-        answers = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
+    for tau, model in baselines.dact_over_tau(run, (-5.0, 5.0), lambda: vectors).items():
+        predictions = train.predict(model.early_exit, run.dev, run.args)
         again = baselines.dact_over_tau(run, (tau,), None)[tau]
-        h = baselines.over_features(again, features)[1].sigmoid()
-        torch.testing.assert_close(h, said[len(exits)], atol=1e-4, rtol=1e-3)
-        logits, z = baselines.over_features(again, train.Features(run.dact.backbone, run.dev, run.device, "float32"))
+        assert same(weights(model), weights(again)) and again.backbone is run.dact.backbone
+        logits, z = baselines.logits_of(again, dev, run.args)
         y = logits.softmax(-1)
-        labels, exit_block = baselines.halted(y, z)
-        assert torch.equal(labels, answers.labels)
-        assert (exit_block == answers.exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
-        torch.testing.assert_close([y, z.sigmoid()], baselines.over_dev(run, again), atol=1e-4, rtol=1e-3)
-        exits.append(answers.exit_block.double().mean().item())
-    assert exits == [6, 1] and same(heads, weights(run.dact))
+        labels, exit_block = baselines.simulate_dact(y, z)
+        assert torch.equal(labels, predictions.labels)
+        assert (exit_block == predictions.exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
+        torch.testing.assert_close([y, z.sigmoid()], train.outputs(again, run.dev, run.args), atol=1e-4, rtol=1e-3)
+        exits.append(predictions.exit_block.double().mean().item())
+    assert exits == [6, 1] and same(before, weights(run.dact))
 
 
 def test_section_3_1_learns_when_to_stop():
@@ -355,35 +347,34 @@ def test_section_3_1_learns_when_to_stop():
     labels, learned = torch.zeros(256, dtype=torch.long), []
     for later in ([-4.0, 0.0], [4.0, 0.0]):
         logits = torch.stack([first, *[torch.tensor([later]).expand(256, 2)] * 2], 1)
-        model = baselines.EntropyDact(SimpleNamespace(blocks=range(3)), None, False, 0.5)
-        neurons = baselines.EntropyAlone(model.halts)
-        optimizer = torch.optim.Adam(neurons.parameters(), 0.05)
+        model = baselines.entropy_dact(dact.DactBert(train.VectorBackbone(3, 2), 2), [lambda cls: cls] * 3, False, 0.5)
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
         for _ in range(100):
             optimizer.zero_grad()
-            train.stage2_loss(5e-3)(neurons, (logits,), labels)[0].backward()
+            train.stage2_loss(5e-3)(model, (logits, torch.ones(256, 3)), labels)[0].backward()
             optimizer.step()
-        learned.append(model.thresholds()[0])
+        learned.append(model.heads[0].threshold())
     assert learned[0] > 0.663 and learned[1] < 0.6
 
 
 def test_lowered_biases_and_what_is_simulated(run):
-    """DACT with lowered biases leaves where `halted` says, the earlier the lower, and `setting` finds the bias."""
-    y, h = baselines.over_dev(run, run.dact)
+    """DACT with lowered biases leaves where `simulate_dact` says, the earlier the lower, and `bisect_to_depth` finds the bias."""
+    y, h = train.outputs(run.dact, run.dev, run.args)
     means = []
     for bias in (0.0, 1.5, 4.0):
         model = baselines.lowered(run.dact, bias)
-        labels, exit_block = baselines.halted(y, h.logit() - bias)
-        answers = train.answer({"x": model.early_exit}, run.dev, 16, run.device, "float32")["x"]
+        labels, exit_block = baselines.simulate_dact(y, h.logit() - bias)
+        answers = train.predict(model.early_exit, run.dev, run.args)
         assert torch.equal(answers.labels, labels)
         assert (answers.exit_block == exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
         means.append(exit_block.double().mean().item())
     assert means == sorted(means, reverse=True) and means[2] < means[0]
 
     def simulated(bias):
-        return baselines.halted(y, h.logit() - bias)
+        return baselines.simulate_dact(y, h.logit() - bias)
 
     for blocks in (means[1], 3.0, (means[0] + 6) / 2):  # the last asks for more than the run uses
-        bias = baselines.setting(simulated, blocks, 40.0, -40.0)
+        bias = baselines.bisect_to_depth(simulated, blocks, 40.0, -40.0)
         more, less = (simulated(x)[1].double().mean().item() for x in (bias - 1e-3, bias + 1e-3))
         assert less <= blocks <= more
 
@@ -394,7 +385,7 @@ def test_scripts_run_on_the_toy_task(run, capsys):
     assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
     table = (run.folder / "table1.md").read_text()
     assert table.count("\n| ") == 30 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
-    result = json.loads((run.kept / "table1.json").read_text())
+    result = json.loads((run.trained / "table1.json").read_text())
     metrics = baselines.read_metrics(run.folder)
     assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
     assert result["rows"]["DACT, rule (4)"]["saved"] == metrics["rules"]["paper"]["saved"]
@@ -497,7 +488,7 @@ def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys, monkeyp
     argv = [str(run.folder), str(tmp_path / "other"), "--without", *table1.SYSTEMS]
     assert baselines.command(lambda _: table1.main(argv)) == 0
     assert capsys.readouterr().out.count("**toy") == 2
-    (run.kept / "table1.json").unlink()
+    (run.trained / "table1.json").unlink()
     monkeypatch.setattr(table1, "measure", None)  # a mistake is found before anything is measured
     assert baselines.command(lambda _: table1.main([str(run.folder), *argv])) == 2
     monkeypatch.undo()

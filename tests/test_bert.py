@@ -74,8 +74,7 @@ def reference_from_google(folder):
     return reference
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same numbers as transformers
+# ---- The same numbers as transformers -------------------------------------------------------------------------------
 
 
 @needs_assets
@@ -244,8 +243,7 @@ def test_padding_changes_no_answer(tmp_path, kind):
         torch.testing.assert_close(wide[:1, :length], hidden, atol=2e-6, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where weights come from
+# ---- Where weights come from ----------------------------------------------------------------------------------------
 
 
 def state(model):
@@ -318,8 +316,7 @@ def test_names_of_google_models():
     assert bert.GOOGLE_MODELS["bert-medium"] == bert.GOOGLE_MODELS["uncased_L-8_H-512_A-8"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line each, that names the thing
+# ---- Bad input: one line each, that names the thing -----------------------------------------------------------------
 
 
 def refuse(path, *words):
@@ -497,8 +494,7 @@ def test_damaged_zip(tmp_path, weights):
     refuse(zipped, "not a sound zip")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders of RoBERTa's layout
+# ---- Folders of RoBERTa's layout ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -63,8 +63,7 @@ def running_answers(model, dataset):
     return tuple(torch.cat(column, 1) for column in zip(*said))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figure 2
+# ---- Figure 2 -------------------------------------------------------------------------------------------------------
 
 
 def test_attention_entropy_by_hand():
@@ -107,7 +106,7 @@ def test_heads_that_see_no_difference_look_evenly(run):
     for block in run.stage1.bert.blocks:
         torch.nn.init.zeros_(block.attention.query.weight)
         torch.nn.init.zeros_(block.attention.query.bias)
-    found = figure2.head_entropies(run.stage1.bert, run.dev, 16, run.device)
+    found = figure2.head_entropies(run.stage1.bert, run.dev, 16, run.args.device)
     tokens = [math.log(length) for length in run.dev.lengths for _ in range(length)]
     assert len(set(tokens)) > 3 and found.shape == (6, 1)
     assert found.flatten().tolist() == pytest.approx([sum(tokens) / len(tokens)] * 6, abs=1e-5)
@@ -128,13 +127,13 @@ def test_head_entropies_are_means_over_tokens_without_pads(run):
     expected = total / int(run.dev.lengths.sum())
     assert expected.std() > 1e-3
     for batch_size in (7, 50):
-        found = figure2.head_entropies(backbone, run.dev, batch_size, run.device)[:, 0]
+        found = figure2.head_entropies(backbone, run.dev, batch_size, run.args.device)[:, 0]
         assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_shares_that_reach_a_block(run):
     """From the exits that were measured: block n is reached by those that leave at n or later."""
-    answers = pruning.answers_of(random_run(run), {"DACT": run.dact}, run.dev)["DACT"]
+    answers = train.predict(random_run(run).dact.early_exit, run.dev, run.args)
     shares = figure2.reached(run, run.dev)
     assert len(set(answers.exit_block.tolist())) > 2 and shares[0] == 1
     later = sum(answers.exit_block.tolist().count(n) for n in (4, 5, 6))
@@ -145,7 +144,7 @@ def test_figure_2_draws_what_it_measured(run):
     panel = figure2.measure(run, 20)
     assert "first 20 of 50 dev examples" in panel.title and len(panel.reached) == 6
     assert "all 50 dev examples" in figure2.measure(run, 50).title
-    half = figure2.head_entropies(run.stage1.bert, run.dev.part(np.arange(20)), 16, run.device)
+    half = figure2.head_entropies(run.stage1.bert, run.dev.part(np.arange(20)), 16, run.args.device)
     torch.testing.assert_close(panel.entropies["DeeBERT"], half)
     axes = figure2.draw([panel, panel]).axes
     assert len(axes) == 2
@@ -156,8 +155,7 @@ def test_figure_2_draws_what_it_measured(run):
     assert shares == [f"{100 * share:.0f}%" for share in panel.reached]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figure 5
+# ---- Figure 5 -------------------------------------------------------------------------------------------------------
 
 
 def test_histograms_of_figure_5(run):
@@ -196,8 +194,7 @@ def test_figure_5_draws_and_prints_what_it_measured():
     assert rows[3][-5:] == ["25", "0", "15", "1.75", "62.5%"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pruning
+# ---- Pruning --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", dact.RULES)
@@ -208,7 +205,8 @@ def test_a_pruned_model_answers_with_the_winner_of_a_K(run, rule):
     a, _ = running_answers(run.dact, run.dev)
     moved = 0
     for K in range(1, 7):
-        answers = pruning.answers_of(run, {"whole": run.dact, "pruned": pruning.prune(run.dact, K)}, run.dev)
+        variants = pruning.variants_of(run, {"whole": run.dact, "pruned": pruning.prune(run.dact, K)})
+        answers = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
         assert torch.equal(answers["pruned"].labels, a[K - 1].argmax(-1))
         assert (answers["pruned"].exit_block <= answers["whole"].exit_block.clamp(max=K)).all()
         past, lost, others = pruning.changes(answers["whole"], answers["pruned"], K)
@@ -233,9 +231,9 @@ def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path)
     assert small.backbone.config.num_hidden_layers == 4
     assert len(small.backbone.blocks) == len(small.heads) == 4
     assert path.stat().st_size < 0.8 * (tmp_path / "dact.pt").stat().st_size
-    answers = pruning.answers_of(run, {"whole": run.dact, "pruned": small}, run.dev)
-    assert answers["whole"].labels.unique().tolist() == [0, 1]
-    assert torch.equal(answers["whole"].labels, answers["pruned"].labels)
+    variants = pruning.variants_of(run, {"whole": run.dact, "pruned": small})
+    whole, pruned = (train.predict(variant, run.dev, run.args).labels for variant in variants.values())
+    assert whole.unique().tolist() == [0, 1] and torch.equal(whole, pruned)
     assert len(run.dact.backbone.blocks) == 6  # the whole model is left as it was
 
 
@@ -244,17 +242,17 @@ def test_pruned_heads_read_what_they_read(run):
     model = random_run(run).dact
     for n, head in enumerate(model.heads, start=1):
         head.scale.mean.fill_(float(n))
-    small, hidden = pruning.prune(model, 4), torch.randn(5, 3, 64)
+    small, cls = pruning.prune(model, 4), torch.randn(5, 64)
     assert len(small.heads) == 4 and len(model.heads) == 6
-    for n in range(1, 5):
-        for ours, theirs in zip(small.head(n, hidden), model.head(n, hidden)):
+    for n in range(4):
+        for ours, theirs in zip(small.heads[n](cls), model.heads[n](cls)):
             assert torch.equal(ours, theirs)
 
 
 def test_the_last_block_that_an_example_reaches(run):
     """Cut to 4 blocks, some training examples leave early and some at block 4: K is the exit of the last of them."""
     run = run._replace(dact=pruning.prune(random_run(run).dact, 4))
-    exit_block = pruning.answers_of(run, {"DACT": run.dact}, run.train)["DACT"].exit_block
+    exit_block = train.predict(run.dact.early_exit, run.train, run.args).exit_block
     assert exit_block.min() < exit_block.max() == 4
     assert pruning.last_block_reached(run) == 4
 
@@ -278,8 +276,7 @@ def test_a_model_that_needs_all_its_blocks_is_left_alone(run, tmp_path, capsys):
     assert (tmp_path / "pruned.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripts
+# ---- The scripts ----------------------------------------------------------------------------------------------------
 
 
 def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
@@ -305,7 +302,7 @@ def test_train_py_reads_a_pruned_model(toy_run, tmp_path, capsys):
     shutil.copy(toy_run / "dact.pt", tmp_path)
     pruning.save_pruned(run, 3).rename(tmp_path / "dact.pt")
     assert train.main(["--out", str(tmp_path), "--explain", "the tea was not lovely"]) == 0
-    assert "of 3 with" in capsys.readouterr().out
+    assert "of 3: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 import dact, data, train
 
-def progress(stage, step, *rest, whole=train.progress):
-    if (stage, str(step)) == place:
+def add(record, step, *rest, whole=train.Record.add):
+    if (record.stage, str(step)) == place:
         raise KeyboardInterrupt
-    whole(stage, step, *rest)
+    whole(record, step, *rest)
 
 def evaluate(stage1, adaptive, *rest, whole=train.evaluate):
     torch.save(list(adaptive.buffers()), Path(__file__).with_name(f"buffers-{train.rank()}.pt"))
@@ -40,10 +40,10 @@ def evaluate(stage1, adaptive, *rest, whole=train.evaluate):
 
 place, make = tuple(sys.argv[1:3]), data.toy_examples
 if sys.argv[3] == "fixed":
-    dact.Scale.follow = lambda self, cls: None
+    dact.Scale.forward = lambda self, cls: cls
 data.toy_examples = lambda count, seed: make(13 if count == 4096 else 20, seed)
 train.TOY_CONFIG = replace(train.TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-train.progress, train.evaluate = progress, evaluate
+train.Record.add, train.evaluate = add, evaluate
 sys.exit(train.main(sys.argv[4:]))
 """
 
@@ -86,8 +86,8 @@ def test_two_processes_evaluate_with_the_same_scale(tmp_path):
     """What the heads' scale followed in the last step is each process's own; both go on with the first one's."""
     drive(tmp_path, "out", 2, flags=["--epochs", "1.8"], scale="follows")  # in the last step both have the same row
     first, second = (torch.load(tmp_path / f"buffers-{rank}.pt") for rank in (0, 1))
-    kept = train.load_run(tmp_path / "out" / "dact.pt", 2, "toy")[0]
-    assert len(first) == 3 * 6 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, kept.buffers()))
+    saved = train.load_run(tmp_path / "out" / "dact.pt", 2, "toy")[0]
+    assert len(first) == 3 * 6 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, saved.buffers()))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
@@ -96,14 +96,14 @@ def test_shares_of_a_batch_add_up_to_it(monkeypatch, rows):
     examples, tokenizer = data.toy_examples(9, 0), bert.wordpiece_tokenizer(train.TOY_VOCAB)
     dataset, cpu = data.Dataset(examples, tokenizer, 32, 0), torch.device("cpu")
     indices = torch.arange(9).numpy()[:rows]
-    inputs, labels, weight = train.own_share(dataset, indices, cpu)
+    inputs, labels, weight = train.my_rows(dataset, indices, cpu)
     assert weight == 1 and len(labels) == rows and len(inputs) == 3
     whole = dataset.labels[:rows].double().mean()
     monkeypatch.setattr(train, "num_processes", lambda: 3)
     parts = []
     for i in range(3):
         monkeypatch.setattr(train, "rank", lambda i=i: i)
-        inputs, labels, weight = train.own_share(dataset, indices, cpu)
+        inputs, labels, weight = train.my_rows(dataset, indices, cpu)
         assert all(len(x) == len(labels) > 0 for x in inputs)
         parts.append(weight * labels.double().mean())
     assert torch.stack(parts).mean() == pytest.approx(whole.item())

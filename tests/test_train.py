@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -44,8 +45,7 @@ def fails(capsys, *argv):
     return error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss of stage 2
+# ---- The loss of stage 2 --------------------------------------------------------------------------------------------
 
 
 def test_loss_of_stage_2_by_hand():
@@ -61,8 +61,7 @@ def test_loss_of_stage_2_by_hand():
     assert (total.item(), said_price.item()) == pytest.approx((answer + price + 2 * heads, price))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run leaves and says
+# ---- What a run leaves and says -------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_four_files(toy_run):
@@ -92,23 +91,29 @@ def test_early_exit_answered_as_all_blocks(toy_run):
     assert rules["exact"]["mean_blocks"] <= rules["paper"]["mean_blocks"]
 
 
+def hardware(*flags):
+    """The settings of a run, ready to be used."""
+    args = train.parse_arguments(["--precision", "float32", *flags])
+    args.device, args.precision, _ = train.pick_hardware(args.precision)
+    return args
+
+
 def test_untrained_halting_halts_as_it_was_started(toy_run):
     """h = sigmoid(2) = 0.88 in every block: by (4) none of six stops early, for p_5 = 0.53 is left to the last one.
 
     The model itself is made to stop everything after block 1, and its running answer to differ from y_2, ..., y_6.
     """
-    stage1, tokenizer, _, max_tokens = train.load_run(toy_run / "stage1.pt", 1, "toy")
-    adaptive = train.load_run(toy_run / "dact.pt", 2, "toy")[0]
+    stage1, tokenizer, _, max_tokens, _ = train.load_run(toy_run / "stage1.pt", 1, "toy")
+    adaptive = train.load_run(toy_run / "dact.pt", 2, "toy").model.eval()
     for head in adaptive.heads:
         torch.nn.init.zeros_(head.halt[-1].weight)
         torch.nn.init.constant_(head.halt[-1].bias, -20.0)
     dev = data.Dataset(data.toy_examples(50, seed=2), tokenizer, max_tokens, 0)
-    args = train.parse_arguments([])
-    results = train.evaluate(stage1, adaptive, dev, args, torch.device("cpu"), "float32")
-    assert results["paper"].exit_block.unique().tolist() == [1]
-    assert results["control"].exit_block.unique().tolist() == [6]
-    assert torch.equal(results["blocks"][0], results["paper"].labels) and results["blocks"].shape == (6, 50)
-    assert torch.equal(results["all blocks"], results["paper"].labels)
+    results = train.evaluate(stage1.eval(), adaptive, dev, dev, hardware())
+    assert results["dact"]["exit_histogram"] == [50, 0, 0, 0, 0, 0]
+    assert results["control"]["exit_histogram"] == [0, 0, 0, 0, 0, 50]
+    assert results["dact"]["by_chance"]["accuracy"] == pytest.approx(results["dact"]["accuracy"])
+    assert results["dact"]["same_as_all_blocks"] == results["examples"] == 50
     assert all((head.halt[-1].bias == -20).all() for head in adaptive.heads)  # it was a copy that was reset
 
 
@@ -118,13 +123,10 @@ def test_exits_dealt_out_by_chance():
     A confidence that sends just 0 and 1 out early answers all.
     """
     truth = torch.tensor([1, 1, 1, 1])
-    said, exits = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([1, 1, 2, 2])
-
-    def score(labels):
-        return data.METRICS["accuracy"](labels, truth)
-
-    assert score(said[exits - 1, torch.arange(4)]) == 100
-    assert train.dealt_by_chance(said, exits, score, deals=2000) == pytest.approx(75, abs=2)
+    answers, exits = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), torch.tensor([1, 1, 2, 2])
+    assert train.scores(answers[exits - 1, torch.arange(4)], truth, "toy") == {"accuracy": 100}
+    found = train.by_chance(answers, exits, truth, "toy", deals=2000)
+    assert found == {"accuracy": pytest.approx(75, abs=2)}
 
 
 def test_what_learns_in_which_stage(tmp_path, monkeypatch):
@@ -146,25 +148,24 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch):
     moved, names, rates = seen["stage 2"]
     assert moved == names and rates == {0.0}
     moved, names, _ = seen["halting"]
-    assert moved == {name for name in names if ".halt." in name} and len(moved) == 24
+    assert moved == {name for name in names if ".halt." in name} and len(moved) == 24 < len(names)
     adaptive = train.load_run(tmp_path / "run" / "dact.pt", 2, "toy")[0]
     assert all(head.scale.steps == 11 for head in adaptive.heads)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["rules"]["exact"]["same_as_all_blocks"] == 50
 
 
-def test_features_are_what_the_heads_read(toy_run):
+def test_vectors_are_what_the_heads_read(toy_run):
     """Of all examples in their order, or of so many of them."""
-    adaptive, tokenizer, _, max_tokens = train.load_run(toy_run / "dact.pt", 2, "toy")
-    dev, cpu = data.Dataset(data.toy_examples(50, seed=2), tokenizer, max_tokens, 0), torch.device("cpu")
-    features = train.Features(adaptive.backbone, dev, cpu, "float32")
-    with torch.no_grad():
-        over_cls = train.HaltingAlone(adaptive.heads)(features.cls)
-    for ours, theirs in zip(over_cls, train.outputs(adaptive.eval(), dev, 16, cpu, "float32")):
+    adaptive, tokenizer, _, max_tokens, _ = train.load_run(toy_run / "dact.pt")
+    dev, args = data.Dataset(data.toy_examples(50, seed=2), tokenizer, max_tokens, 0), hardware("--batch", "16")
+    vectors = train.Vectors(adaptive.backbone, dev, args)
+    over_cls = train.outputs(train.over_vectors(adaptive.eval()), vectors, args)
+    for ours, theirs in zip(over_cls, train.outputs(adaptive, dev, args)):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    some = train.Features(adaptive.backbone, dev, cpu, "float32", most=20)
-    kept = [i for i in range(50) if any(torch.allclose(features.cls[i], cls, atol=1e-5) for cls in some.cls)]
-    assert len(some) == 20 <= len(kept) and torch.equal(dev.labels[kept].unique(), some.labels.unique())
+    some = train.Vectors(adaptive.backbone, dev, args, most=20)
+    found = [i for i in range(50) if any(torch.allclose(vectors.cls[i], cls, atol=1e-5) for cls in some.cls)]
+    assert len(some) == 20 <= len(found) and torch.equal(dev.labels[found].unique(), some.labels.unique())
 
 
 def test_learning_rate_rises_and_falls():
@@ -197,7 +198,15 @@ def test_explain_shows_the_equations(toy_run, capsys):
         assert float(row[4]) == pytest.approx(p, abs=2e-3)  # (2), from the printed numbers
         if abs(float(row[7]) - float(row[9])) > 2e-3:  # else the printed decimals may tie
             assert (float(row[7]) > float(row[9])) == (row[8] == ">=")
-    assert out.count("stops after block") == 2
+    assert out.count("stops after block") == 2 and "rule (4) stops" in out and "exact rule stops" in out
+    stop = max(int(word) for word in re.findall(r"stops after block (\d)", out))
+    assert out.count("not run") == 6 - stop
+
+
+def test_explain_says_which_words_are_unknown(toy_run, capsys):
+    assert train.main(["--out", str(toy_run), "--explain", "the tea was drinkable"]) == 0
+    assert "[UNK]: 1 of 4 words" in capsys.readouterr().out
+    assert "no word of this text" in fails(capsys, "--out", toy_run, "--explain", "quantum chromodynamics")
 
 
 def test_glue_task_with_a_pretrained_model(tmp_path, capsys):
@@ -254,18 +263,17 @@ def test_small_roberta_on_the_real_rte(tmp_path):
 
 
 def test_a_time_is_that_of_the_second_pass_over_a_batch(toy_run, monkeypatch):
-    """By a clock that the form itself turns: a batch that it meets for the first time costs 100 seconds, then 1."""
-    tokenizer = train.load_run(toy_run / "dact.pt", 2, "toy")[1]
+    """By a clock that the model itself turns: a batch that it meets for the first time costs 100 seconds, then 1."""
+    tokenizer = train.load_run(toy_run / "dact.pt").tokenizer
     dev, met, now = data.Dataset(data.toy_examples(50, seed=2), tokenizer, 32, 0), set(), [0.0]
 
-    def form(input_ids, segment_ids, mask):
+    def variant(input_ids, segment_ids, mask):
         now[0] += 1.0 if input_ids.numpy().tobytes() in met else 100.0
         met.add(input_ids.numpy().tobytes())
         return train.all_blocks(mask[:, :2].float(), 6)
 
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    seconds = train.answer({"form": form}, dev, 10, torch.device("cpu"), "float32")["form"].seconds
-    assert seconds == len(met) == 5
+    assert train.seconds_of({"variant": variant}, dev, hardware("--batch", "10")) == {"variant": 5} and len(met) == 5
 
 
 def test_submitted_answers_are_those_of_early_exit(tmp_path):
@@ -320,18 +328,18 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, capsys, monkeypatch,
     make = data.toy_examples
     monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
     assert train.main(toy_argv(tmp_path / "whole")) == 0
-    progress = train.progress
+    add = train.Record.add
 
-    def stop(at_stage, at_step, *rest):
-        if (at_stage, at_step) == (stage, step):
+    def stop(record, at_step, *rest):
+        if (record.stage, at_step) == (stage, step):
             raise KeyboardInterrupt
-        progress(at_stage, at_step, *rest)
+        add(record, at_step, *rest)
 
-    monkeypatch.setattr(train, "progress", stop)
+    monkeypatch.setattr(train.Record, "add", stop)
     capsys.readouterr()
     assert train.main(toy_argv(tmp_path / "cut")) == 130
     assert capsys.readouterr().err.startswith("interrupted")
-    monkeypatch.setattr(train, "progress", progress)
+    monkeypatch.setattr(train.Record, "add", add)
     assert train.main([*toy_argv(tmp_path / "cut"), "--resume"]) == 0
     assert ("resumed    stage" in capsys.readouterr().out) == ((stage, step) not in [("stage 1", 3), ("stage 1", 8)])
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -368,7 +376,7 @@ def test_signals_end_a_run_with_one_line(tmp_path, name):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )  # fmt: skip
-    while "step" not in process.stdout.readline():
+    while "loss" not in process.stdout.readline():
         pass
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=60)
@@ -412,13 +420,12 @@ def test_decay_on_matrices_only_and_heads_apart():
 
 
 def test_precision_is_chosen_by_the_hardware(monkeypatch):
-    cpu = torch.device("cpu")
-    assert train.pick_precision(cpu, "bfloat16") == ("bfloat16", "asked for")
-    if not train.Path("/proc/cpuinfo").is_file():
-        pytest.skip("reads /proc/cpuinfo, which is Linux's")
+    assert train.pick_hardware("bfloat16")[1:] == ("bfloat16", "asked for")
+    if not train.Path("/proc/cpuinfo").is_file() or train.pick_hardware()[0].type != "cpu":
+        pytest.skip("reads /proc/cpuinfo, which is Linux's, where there is no GPU")
     for flags, expected in (("avx2 avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2 avx512f", "float32")):
         monkeypatch.setattr(train.Path, "read_text", lambda path, flags=flags: f"flags : fpu {flags} sse")
-        assert train.pick_precision(cpu, None)[0] == expected
+        assert train.pick_hardware()[1] == expected
 
 
 def test_run_in_bfloat16_by_the_exact_rule(tmp_path):
@@ -429,8 +436,7 @@ def test_run_in_bfloat16_by_the_exact_rule(tmp_path):
     assert metrics["dact"] == metrics["rules"]["exact"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
+# ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_task_and_model(tmp_path, capsys):
@@ -469,7 +475,7 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     (tmp_path / "dact.pt").write_bytes(b"not a checkpoint")
     assert "not a file of torch.save" in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "dact.pt")
-    assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "a run on 'toy'" in fails(capsys, "--task", "rte", "--out", toy_run, "--explain", "x", "y")
     assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
     assert "stage 2 of a run" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
@@ -479,7 +485,9 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
         torch.save(saved | broken, tmp_path / "dact.pt")
         assert "dact.pt: " in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({name: saved[name] for name in saved.keys() - {"config"}}, tmp_path / "dact.pt")
-    assert "not a file of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    torch.save({name: saved[name] for name in saved.keys() - {"heads"}}, tmp_path / "dact.pt")
+    assert "had other heads; train again" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "no such file" in fails(capsys, "--stage1", tmp_path / "stage1.pt", "--out", tmp_path / "new")
     assert "no such file" in fails(capsys, "--stage1", "", "--out", tmp_path / "new")  # an unset shell variable
     damaged = bytearray((toy_run / "dact.pt").read_bytes())
@@ -502,13 +510,13 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
 
 def test_resume_wins_over_overwrite(tmp_path):
     """For the advice after Ctrl-C is "the same command with --resume", and that command may have held --overwrite."""
-    args = train.parse_arguments(["--out", str(tmp_path), "--overwrite", "--resume"])
-    train.clear_folder(args, "float32")
-    checkpoint = {"stage": "stage 1", "step": 64, "seconds": {"stage 1": 1.0}, "log_bytes": 10}
+    args = train.parse_arguments(["--out", str(tmp_path), "--overwrite", "--resume", "--precision", "float32"])
+    train.Record(args).begin()
+    checkpoint = {"settings": train.settings(args), "stage": "stage 1", "step": 64, "seconds": {"stage 1": 1.0}}
     train.save(tmp_path / "checkpoint.pt", checkpoint)
-    assert train.find_checkpoint(args, "float32") == checkpoint
+    assert train.find_checkpoint(args) == checkpoint
     args.resume = False
-    assert train.find_checkpoint(args, "float32") is None
+    assert train.find_checkpoint(args) is None
 
 
 def test_an_output_folder_that_cannot_be(tmp_path, capsys):
@@ -519,10 +527,9 @@ def test_an_output_folder_that_cannot_be(tmp_path, capsys):
 def test_majority_row_and_f1():
     """The majority class of MRPC's dev set scores F1 81.2 and accuracy 68.4 by itself."""
     labels = torch.tensor([1] * 279 + [0] * 129)
-    answers = train.Answers(torch.ones_like(labels), torch.ones_like(labels), 0.0)
-    scores = train.scores(answers.labels, labels, "mrpc")
+    scores = train.scores(torch.ones_like(labels), labels, "mrpc")
     assert scores == {"F1": pytest.approx(81.2, abs=0.05), "accuracy": pytest.approx(68.4, abs=0.05)}
-    assert train.blocks_used(answers, 12)["saved"] == pytest.approx(100 * 11 / 12)
+    assert train.blocks_used(torch.ones_like(labels), 12)["saved"] == pytest.approx(100 * 11 / 12)
     assert data.TASKS["mrpc"].metrics[0] == "F1"
 
 
@@ -534,25 +541,27 @@ def test_a_folder_that_holds_a_run(toy_run, tmp_path, capsys):
     assert "unknown model" in fails(capsys, "--task", "rte", "--model", "bort", "--overwrite", "--out", toy_run)
     assert {file.name: file.read_bytes() for file in toy_run.iterdir()} == before  # nothing is lost by a bad command
     argv = ["--epochs", "0.05", "--precision", "float32", "--out", tmp_path]
-    (tmp_path / "log.jsonl").write_bytes(before["log.jsonl"])
     (tmp_path / "stage1.pt").write_bytes(before["stage1.pt"])
+    settings = json.loads(before["log.jsonl"].splitlines()[0])["settings"]
     assert "holds an unfinished run" in fails(capsys, *argv)
+    place = {"settings": settings, "stage": "stage 1", "step": 5, "seconds": {}}
+    torch.save(place, tmp_path / "checkpoint.pt")
     assert "its run has epochs 1.0, not 0.05" in fails(capsys, *argv, "--resume")
     assert "its run has task 'toy', not 'rte'" in fails(capsys, *argv, "--resume", "--task", "rte")
-    for broken in (b"", b"{", b"[]", b'{"settings": 3}', b"\xff\xfe", b"[" * 60000):
-        (tmp_path / "log.jsonl").write_bytes(broken)
-        assert "does not say what was run" in fails(capsys, *argv, "--resume")
+    for broken in ({}, [], {"settings": 3}, place | {"settings": 3}, place | {"seconds": 7}):
+        torch.save(broken, tmp_path / "checkpoint.pt")
+        assert "checkpoint.pt: cannot be read" in fails(capsys, *argv, "--resume")
     assert train.main([str(word) for word in [*argv, "--overwrite", "--stage1", tmp_path / "stage1.pt"]]) == 0
     assert (tmp_path / "stage1.pt").read_bytes() == before["stage1.pt"] and (tmp_path / "metrics.json").exists()
 
 
 def test_a_checkpoint_that_is_none(toy_run, tmp_path, capsys):
     argv = ["--epochs", "1", "--precision", "float32", "--out", tmp_path, "--resume"]
-    (tmp_path / "log.jsonl").write_bytes((toy_run / "log.jsonl").read_bytes())
+    settings = json.loads((toy_run / "log.jsonl").read_text().splitlines()[0])["settings"]
     for content in (torch.zeros(3), {"stage": "stage 1"}):
         torch.save(content, tmp_path / "checkpoint.pt")
-        assert "is no checkpoint" in fails(capsys, *argv)
-    other = {"stage": "stage 1", "step": 3, "seconds": {}, "log_bytes": 0, "model": {}, "optimizer": {}}
+        assert "cannot be read" in fails(capsys, *argv)
+    other = {"settings": settings, "stage": "stage 1", "step": 3, "seconds": {}, "log_bytes": 0, "model": {}, "optimizer": {}}
     torch.save(other, tmp_path / "checkpoint.pt")
     assert "of another model or machine" in fails(capsys, *argv)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
