@@ -138,22 +138,24 @@ def fit(stage, model, loss_of, train, args, record):
     per_epoch = -(-len(train) // args.batch)
     steps = max(1, round(args.epochs * per_epoch))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-    done = record.start(stage, steps, model, optimizer)  # more than 0 after an interruption
+    step = record.start(stage, steps, model, optimizer)  # more than 0 after an interruption
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # the same weights, shared gradients
-    batches = endless_batches(train, args, done // per_epoch)
-    for step in range(done + 1, steps + 1):
-        inputs, labels, weight = my_rows(train, next(batches), args.device)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * warm_up_and_decay(step, steps)
-        with autocast(args):
-            loss, price, mean_h = loss_of(parallel, inputs, labels)
-        (loss * weight).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        epoch_ends = step % per_epoch == 0 or step == steps
-        record.add(step, torch.stack([loss, price, mean_h]).detach() * weight, len(train) / per_epoch, epoch_ends)
-        if epoch_ends and isinstance(train, data.Dataset):  # over vectors a stage takes seconds, and starts again
+    while step < steps:
+        for indices in data.training_batches(train.lengths, args.batch, (args.seed, step // per_epoch)):
+            step += 1
+            inputs, labels, weight = my_rows(train, indices, args.device)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * warm_up_and_decay(step, steps)
+            with autocast(args):
+                loss, price, mean_h = loss_of(parallel, inputs, labels)
+            (loss * weight).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            record.add(step, torch.stack([loss, price, mean_h]).detach() * weight, len(train) / per_epoch)
+            if step == steps:
+                break
+        if isinstance(train, data.Dataset):  # a stage over vectors takes seconds, and would start again
             record.save_checkpoint(step, model, optimizer)
     if dist.is_initialized():
         for buffer in model.buffers():  # what the last step observed differs between processes
@@ -174,13 +176,6 @@ def warm_up_and_decay(step, steps):
     """The share of the peak learning rate at a step from 1 to `steps`."""
     warmup = max(1, steps // 10)  # CHOICE: linear warm-up over a tenth of the steps, then linear decay to 0
     return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
-
-
-def endless_batches(train, args, epoch):
-    """The batches, as arrays of indices, from an epoch (from 0) on, each epoch in an order of its own."""
-    while True:
-        yield from data.training_batches(train.lengths, args.batch, (args.seed, epoch))
-        epoch += 1
 
 
 def learn_halting(model, tau, vectors, args, record):
@@ -708,21 +703,20 @@ class Record:
         self.began, self.earlier = time.perf_counter(), self.seconds.get(stage, 0.0)
         return self.done
 
-    def add(self, step, values, examples, epoch_ends):
+    def add(self, step, values, examples):
         """What a step gave, (loss, price, mean h), and after so many of them a line. examples: of a step, on average."""
         self.values.append(values)  # left on the device, for reading them would stall it
-        due = step % max(1, self.steps // 20) == 0 or step == self.steps
-        if due or epoch_ends:
-            rows = torch.stack(gather(torch.stack(self.values).cpu())).mean(0)
-            self.rows, self.values = torch.cat([self.rows, rows]), []
-            self.stop_unless_finite(step)
-            elapsed = time.perf_counter() - self.began
-            self.seconds[self.stage] = self.earlier + elapsed
-        if due:
-            self.show(step, *self.rows.mean(0).tolist(), (step - self.done) / elapsed, examples)
+        if step % max(1, self.steps // 20) == 0 or step == self.steps:
+            self.collect(step)
+            self.show(step, *self.rows.mean(0).tolist(), (step - self.done) / (time.perf_counter() - self.began), examples)
             self.rows = self.rows[:0]
 
-    def stop_unless_finite(self, step):
+    def collect(self, step):
+        """Fetch what the last steps gave, of all processes. Raises InputError if one of their losses is no number."""
+        if self.values:
+            rows = torch.stack(gather(torch.stack(self.values).cpu())).mean(0)
+            self.rows, self.values = torch.cat([self.rows, rows]), []
+        self.seconds[self.stage] = self.earlier + time.perf_counter() - self.began
         bad = (~self.rows[:, 0].isfinite()).nonzero()
         if len(bad):
             step, loss = step + 1 + bad[0].item() - len(self.rows), self.rows[bad[0], 0].item()
@@ -743,6 +737,7 @@ class Record:
 
     def save_checkpoint(self, step, model, optimizer):
         """All that training needs to go on from here to the same numbers."""
+        self.collect(step)
         cuda = self.args.device.type == "cuda"
         random = gather({"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if cuda else {}))
         if rank() == 0:
@@ -772,17 +767,15 @@ def write_whole(path, write):
         with open(part, "wb") as file:
             write(file)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def save(path, content):
-    try:
-        write_whole(path, lambda file: torch.save(content, file))
     except RuntimeError as error:  # torch.save turns a failed write into one
         reason = error.__context__ if isinstance(error.__context__, OSError) else "the disk may be full"
         raise InputError(f"cannot write {path} ({reason}); free some space, then add --resume") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(path, content):
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 HEADS = {1: "classifier on the last block", 2: "figure 1, halting with a layer of its own"}  # of a file of each stage
