@@ -9,11 +9,13 @@ loaders for Google's TensorFlow checkpoints and for Hugging Face folders.
 Shapes: B sequences, T tokens, D hidden size, H attention heads, C classes.
 """
 
+import hashlib
 import io
 import json
 import math
 import mmap
 import re
+import string
 import struct
 import zipfile
 from dataclasses import MISSING, dataclass, fields, replace
@@ -31,7 +33,7 @@ from tokenizers.processors import BertProcessing, RobertaProcessing
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from data import ZIP_ERRORS, InputError, cache_dir, download
+from data import InputError, cache_dir, download, plain, reading
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class BertConfig:
         """
         kind = values.get("model_type", "bert") if isinstance(values, dict) else type(values).__name__
         if kind not in ("bert", "roberta"):
-            raise InputError(f"{source}: model type {kind!r} cannot be read; give a BERT or a RoBERTa")
+            raise InputError(f"{source}: model type {plain(kind)!r} cannot be read; give a BERT or a RoBERTa")
         if kind == "roberta":
             values = {"pad_token_id": 1} | values
         fitting = "give the config that came with the weights"
@@ -75,11 +77,12 @@ class BertConfig:
                 raise InputError(f"{source}: {f.name} is missing; {fitting}")
             right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
             if right and f.type is int:
-                right = (f.name not in ("pad_token_id", "first_position")) <= value < 2**31
+                lowest, highest = f.name not in ("pad_token_id", "first_position"), 1000 if "num_" in f.name else 2**31
+                right = lowest <= value < highest
             if right and f.type is float:
                 right = 0 <= value < 1
             if not right:
-                raise InputError(f"{source}: {f.name} is {value!r}; {fitting}")
+                raise InputError(f"{source}: {f.name} is {plain(value)!r}; {fitting}")
         config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         if kind == "roberta":
             config = replace(config, first_position=config.pad_token_id + 1)
@@ -88,8 +91,9 @@ class BertConfig:
             raise InputError(f"{source}: max_position_embeddings {positions} leaves no position for a token; {fitting}")
         if D % heads:
             raise InputError(f"{source}: hidden_size {D} is no multiple of num_attention_heads {heads}; {fitting}")
-        if config.hidden_act != "gelu":
-            raise InputError(f"{source}: hidden_act is {config.hidden_act!r}; only 'gelu' is implemented")
+        for name, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
+            if values.get(name, only) != only:
+                raise InputError(f"{source}: {name} is {plain(values[name])!r}; only {only!r} is implemented")
         return config
 
 
@@ -238,38 +242,41 @@ def init_weights(module):
 # ---- Tokenizers -----------------------------------------------------------------------------------------------------
 
 
-def wordpiece_tokenizer(vocab, source="vocab.txt"):
+def wordpiece_tokenizer(vocab, source="vocab.txt", settings=None, longest_word=100):
     """BERT's tokenizer over the list `vocab`; adds [CLS] and [SEP] and numbers the segments.
 
-    Cased or not is read off the vocabulary: one without a single capital outside [BRACKETS] was made from lowered text.
+    settings: of a tokenizer_config.json. Where it does not say do_lower_case, the vocabulary does: one that lacks a letter
+    from A to Z was made from lowered text. longest_word: letters; longer words are unknown.
     """
-    ids = {token: i for i, token in enumerate(vocab)}
+    ids, settings = {token: i for i, token in enumerate(vocab)}, settings or {}
     need_tokens(ids, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), source)
-    lowercase = all(token == token.lower() or re.fullmatch(r"\[.+\]", token) for token in vocab)
-    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
+    lowercase = settings.get("do_lower_case", not {*string.ascii_uppercase} <= ids.keys())
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=longest_word))
     tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in ids])
-    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)  # strips accents exactly when it lowers
+    tokenizer.normalizer = BertNormalizer(
+        lowercase=lowercase,
+        strip_accents=settings.get("strip_accents"),  # by default exactly when it lowers
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return tokenizer
 
 
-def byte_level_tokenizer(ids, merges, source="vocab.json"):
+def byte_level_tokenizer(ids, merges, source="vocab.json", settings=None):
     """RoBERTa's tokenizer, byte-level BPE: ids {token: id}, merges [(left, right)]. A pair is <s> A </s></s> B </s>.
 
     There is no unknown word, for every byte is a token, and no segments: RoBERTa numbers both sentences 0.
     """
-    special = ("<s>", "<pad>", "</s>", "<unk>")
+    special, space = ("<s>", "<pad>", "</s>", "<unk>"), (settings or {}).get("add_prefix_space", False)
     need_tokens(ids, special, source)
-    try:
+    with reading(source, "it does not fit merges.txt; copy or download both again"):
         tokenizer = Tokenizer(BPE(ids, merges))
-    except Exception as error:  # the library raises bare Exception for merges that make no token
-        raise InputError(f"{source} does not fit merges.txt ({error}); copy or download both again") from None
     tokenizer.add_special_tokens(list(special))
     if "<mask>" in ids:
         tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # it stands for a word and its space
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=False)
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=space)
+    tokenizer.post_processor = RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]), add_prefix_space=space)
     return tokenizer
 
 
@@ -318,22 +325,22 @@ HUB_MODELS = {  # Meta's own files at a fixed commit: {file: sha256, or None whe
 
 
 def find_model(name):
-    """The folder or zip of a model: a name of GOOGLE_MODELS or HUB_MODELS (downloaded once) or a path.
+    """The folder or zip of a model: a path, or a name of GOOGLE_MODELS or HUB_MODELS (downloaded once).
 
     Raises InputError.
     """
-    if name in GOOGLE_MODELS:
-        place = GOOGLE_MODELS[name] + ".zip"
-        return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
-    if name in HUB_MODELS:
-        place, files = HUB_MODELS[name]
-        for file, sha256 in files.items():
-            download(HUB_URL + place + file, cache_dir() / "models" / name / file, sha256)
-        return cache_dir() / "models" / name
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.exists():
+        if name in GOOGLE_MODELS:
+            place = GOOGLE_MODELS[name] + ".zip"
+            return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
+        if name in HUB_MODELS:
+            place, files = HUB_MODELS[name]
+            for file, sha256 in files.items():
+                download(HUB_URL + place + file, cache_dir() / "models" / name / file, sha256)
+            return cache_dir() / "models" / name
         known = ", ".join([key for key in GOOGLE_MODELS if key.startswith("bert-")] + list(HUB_MODELS))
-        raise InputError(f"unknown model {name!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
+        raise InputError(f"unknown model {plain(name)!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
     if not path.is_dir() and not zipfile.is_zipfile(path):
         raise InputError(f"{path}: neither a folder nor a zip file; give the folder that holds the checkpoint")
     return path
@@ -343,40 +350,32 @@ def load_pretrained(name, num_classes):
     """A pretrained model with a fresh classification layer, and its tokenizer: (BertClassifier, Tokenizer).
 
     name: as for `find_model`. The pooler comes from the checkpoint; where it has none it is started fresh, and said so.
-    Raises InputError for anything else that is missing, left over, misshapen or unreadable.
+    Raises InputError for anything else that is missing, misshapen or unreadable.
     """
     path = find_model(name)
+    print(f"reading    {path}")
     files = list_files(path)
-    google = "bert_config.json" in files
-    if not google and "config.json" not in files:
-        raise InputError(
-            f"{path}: neither bert_config.json (Google) nor config.json (Hugging Face) in it; "
-            "give the folder that holds the checkpoint"
-        )
-    config_name = "bert_config.json" if google else "config.json"
-    config = BertConfig.from_dict(read_json(path, config_name), f"{path}: {config_name}")
-    if google:
-        tensors = read_google(path, files)
-    elif "model.safetensors" not in files and "pytorch_model.bin" in files:
-        tensors = read_bin(path)
-    else:
-        tensors = read_safetensors(path)
-    tokenizer = read_tokenizer(path, files)
-    if tokenizer.num_special_tokens_to_add(True) < 3:  # the heads read the first token, which must be [CLS]
+    config_name = "bert_config.json" if "bert_config.json" in files else "config.json"
+    if config_name not in files:
+        what = "neither bert_config.json (Google) nor config.json (Hugging Face) in it"
+        raise InputError(f"{path}: {what}; give the folder that holds the checkpoint")
+    tensors, values = read_weights(path, files), read_json(path, config_name)
+    if isinstance(values, dict) and any("roberta." in name for name in tensors):
+        values = {"model_type": "roberta"} | values
+        if values["model_type"] != "roberta":
+            raise InputError(f"{path}: {config_name} says {plain(values['model_type'])!r}, but the weights are a RoBERTa's")
+    config = BertConfig.from_dict(values, f"{path}: {config_name}")
+    model, tokenizer = build(config, num_classes, tensors, path), read_tokenizer(path, files)
+    with reading(path, "give the tokenizer of the weights"):
+        frame, pair = tokenizer.encode(""), tokenizer.encode("a", "a")
+        highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
+    if len(frame.ids) < 2:  # the heads read the first token, which must be [CLS]
         raise InputError(f"{path}: the tokenizer puts no [CLS] and [SEP] around a text; give the one of the weights")
-    highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
-    if highest >= config.vocab_size:
-        raise InputError(
-            f"{path}: token {highest} of the tokenizer does not fit the config's vocab_size {config.vocab_size}; "
-            "give the files that came with the weights"
-        )
-    segments = 1 + max(tokenizer.encode("a", "a").type_ids)
-    if segments > config.type_vocab_size:
-        raise InputError(
-            f"{path}: the tokenizer numbers {segments} segments, the config's type_vocab_size is "
-            f"{config.type_vocab_size}; give the files that came with the weights"
-        )
-    return build(config, num_classes, tensors, path), tokenizer
+    for found, what, limit in ((highest, "token", "vocab_size"), (max(pair.type_ids), "segment", "type_vocab_size")):
+        if found >= getattr(config, limit):
+            size = f"{limit} {getattr(config, limit)}"
+            raise InputError(f"{path}: {what} {found} of the tokenizer does not fit the config's {size}; give its own files")
+    return model, tokenizer
 
 
 class NoRandomStart(TorchFunctionMode):
@@ -391,96 +390,118 @@ class NoRandomStart(TorchFunctionMode):
 
 def build(config, num_classes, tensors, source):
     """A BertClassifier that has `tensors` {name in a Hugging Face checkpoint: tensor}, in float32, as its weights."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if renamed.setdefault(our_name(name), tensor) is not tensor:
-            raise InputError(f"{source}: {name} is there under another name too; give the checkpoint as it came")
-    tensors = renamed
+    ours, theirs = our_names(config), {}
+    for name in tensors:
+        if theirs.setdefault(standard_name(name), name) != name:
+            raise InputError(f"{source}: {plain(name)} is there under another name too; give the checkpoint as it came")
     with torch.device("meta"), NoRandomStart():  # no memory for what the checkpoint overwrites
         model = BertClassifier(Bert(config), Classifier(config, num_classes))
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wanted = {key: shape for key, shape in wanted.items() if not key.startswith("classifier.linear")}
-    missing = sorted(wanted.keys() - tensors.keys())
-    left_over = sorted(tensors.keys() - wanted.keys())
-    pooler = ["classifier.pooler.bias", "classifier.pooler.weight"]
-    if missing == pooler:
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing, left_over = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing == ["pooler.dense.bias", "pooler.dense.weight"]:
         print(f"note: {source} has no pooler; it starts from random weights")
     elif missing:
         raise InputError(f"{source}: missing {name_some(missing)}; give a complete checkpoint that fits its config")
     if left_over:
         raise InputError(f"{source}: no place for {name_some(left_over)}; give a checkpoint that fits its config")
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != wanted[key]:
-            raise InputError(
-                f"{source}: {key} has shape {tuple(tensor.shape)}, the config asks for {wanted[key]}; "
-                "give the config that came with the weights"
-            )
+    state = {}
+    for name, original in theirs.items():
+        tensor, wanted = tensors[original], shapes[ours[name]]
+        if tuple(tensor.shape) != wanted:
+            shape = f"{plain(original)} has shape {tuple(tensor.shape)}, the config asks for {wanted}"
+            raise InputError(f"{source}: {shape}; give the config that came with the weights")
+        state[ours[name]] = tensor.float().contiguous()  # as the readers give them, mostly
+        if not state[ours[name]].isfinite().all():
+            raise InputError(f"{source}: {plain(original)} holds a number that is not finite; download it again")
     model.classifier = Classifier(config, num_classes).apply(init_weights)
-    state = {key: tensor.float().contiguous() for key, tensor in tensors.items()}  # as the readers give them, mostly
     model.load_state_dict(state, strict=False, assign=True)
     return model
 
 
 def name_some(names):
-    """The first few of many names, for an error message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    """The first few of many names, for a message."""
+    return ", ".join(map(plain, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-# (pattern of a Hugging Face name, our name). Google's names become Hugging Face's first, see `read_google`.
-RENAMES = (
-    (r"^embeddings\.(word|position)_embeddings\.", r"bert.embed.\1."),
-    (r"^embeddings\.token_type_embeddings\.", r"bert.embed.segment."),
-    (r"^embeddings\.LayerNorm\.", r"bert.embed.norm."),
-    (r"^encoder\.layer\.(\d+)\.attention\.self\.", r"bert.blocks.\1.attention."),
-    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"bert.blocks.\1.attention.output."),
-    (r"^encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.", r"bert.blocks.\1.attention_norm."),
-    (r"^encoder\.layer\.(\d+)\.intermediate\.dense\.", r"bert.blocks.\1.up."),
-    (r"^encoder\.layer\.(\d+)\.output\.dense\.", r"bert.blocks.\1.down."),
-    (r"^encoder\.layer\.(\d+)\.output\.LayerNorm\.", r"bert.blocks.\1.norm."),
-    (r"^pooler\.dense\.", r"classifier.pooler."),
-)
-# What a checkpoint may hold beyond the encoder: pre-training heads, optimiser state, constant buffers.
-IGNORED = re.compile(
-    r"^cls[./]|^lm_head\.|(^|/)adam_[mv]$|^(global_step|.*_power|_CHECKPOINTABLE.*|.*embeddings\.position_ids)$"
-)
+def our_names(config):
+    """{name of a tensor in a Hugging Face checkpoint: its name in a BertClassifier}."""
+    names = {"embeddings.word_embeddings": "bert.embed.word", "embeddings.position_embeddings": "bert.embed.position",
+             "embeddings.token_type_embeddings": "bert.embed.segment"}  # fmt: skip
+    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in names.items()}
+    layers = {"embeddings.LayerNorm": "bert.embed.norm", "pooler.dense": "classifier.pooler"}
+    inside = {f"attention.self.{name}": f"attention.{name}" for name in ("query", "key", "value")}
+    inside |= {"attention.output.dense": "attention.output", "attention.output.LayerNorm": "attention_norm",
+               "intermediate.dense": "up", "output.dense": "down", "output.LayerNorm": "norm"}  # fmt: skip
+    for n in range(config.num_hidden_layers):
+        layers |= {f"encoder.layer.{n}.{theirs}": f"bert.blocks.{n}.{ours}" for theirs, ours in inside.items()}
+    return names | {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in layers.items() for kind in ("weight", "bias")}
 
 
-def our_name(name):
-    """A tensor's name in a Hugging Face checkpoint as our state dict has it (unknown names come back unchanged)."""
-    name = re.sub(r"^(bert|roberta)\.", "", name)
-    name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-    for pattern, ours in RENAMES:
-        name = re.sub(pattern, ours, name)
-    return name
+def standard_name(name):
+    """A tensor's name in a checkpoint as Hugging Face has it today: without a prefix, LayerNorm's with weight and bias."""
+    name = re.sub(r"^(module\.)?((bert|roberta)\.)?", "", name)
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+
+# What a training leaves beside the weights: the optimiser's slots, and positions counted once and for all
+NO_WEIGHT = re.compile(r"[./](adam_[mv]|Adam(_\d+)?)$|embeddings\.position_ids$")
+
+
+def is_encoder(name):
+    """Whether a tensor belongs to BERT itself. What does not, such as the head of a task, is left out."""
+    name = re.sub(r"^module\.", "", name.replace("/", "."))
+    return bool(re.match(r"(bert|roberta|embeddings|encoder|pooler)\.", name)) and not NO_WEIGHT.search(name)
+
+
+def read_weights(path, files):
+    """{name as Hugging Face has it: tensor} of the checkpoint in a folder or zip, of any layout; heads are left out."""
+    indices = [name for name in files if re.search(r"\.ckpt(-\d+)?\.index$", name)]
+    kinds = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_bin}
+    left_out = []
+    if len(indices) > 1:
+        raise InputError(f"{path}: {name_some(sorted(indices))} are several checkpoints; give a folder with one")
+    if indices:
+        tensors = read_google(path, indices[0], left_out)
+    else:
+        whole = next((name for name in kinds if {name, f"{name}.index.json"} & files), None)
+        if not whole:
+            raise InputError(f"{path}: no *.ckpt.index, {' or '.join(kinds)} in it; give the whole checkpoint")
+        parts = [whole]
+        if whole not in files:
+            index = read_json(path, f"{whole}.index.json")
+            with reading(f"{path}: {whole}.index.json"):
+                parts = sorted({str(part) for part in index["weight_map"].values()})
+        tensors = {}
+        for part in parts:
+            tensors |= kinds[whole](path, part, left_out)
+    if left_out:
+        print(f"note: {path}: left out, for they are not BERT itself: {name_some(sorted(left_out, key=lambda name: (bool(NO_WEIGHT.search(name)), name)))}")
+    return tensors
 
 
 def list_files(path):
     """Names, without folders, of the files in a folder or anywhere in a zip (Google's are nested or flat)."""
     if path.is_dir():
-        return {entry.name for entry in path.iterdir() if entry.is_file()}
-    try:
-        with zipfile.ZipFile(path) as zipped:
-            return {Path(name).name for name in zipped.namelist() if not name.endswith("/")}
-    except ZIP_ERRORS as error:
-        raise InputError(f"{path}: not a sound zip file ({error}); download it again") from None
+        names = [entry.name for entry in path.iterdir() if entry.is_file()]
+    else:
+        with reading(path, "not a sound zip file; download it again"), zipfile.ZipFile(path) as zipped:
+            names = [Path(name).name for name in zipped.namelist() if not name.endswith("/")]
+    return {name for name in names if not name.startswith("._")}  # what a Mac puts beside each file
 
 
 def read_file(path, name):
     """File `name` of a folder (memory-mapped, copy on write) or of a zip (read into memory): bytes (n,) uint8."""
     if path.is_dir():
         if not (path / name).is_file():
-            raise InputError(f"{path}: {name} is missing; give the whole checkpoint")
+            raise InputError(f"{path}: {plain(name)} is missing; give the whole checkpoint")
         if not (path / name).stat().st_size:
             raise InputError(f"{path}: {name} is empty; copy or download it again")
         return np.memmap(path / name, np.uint8, mode="c")
-    try:
-        with zipfile.ZipFile(path) as zipped:
-            matches = [info for info in zipped.infolist() if Path(info.filename).name == name]
-            content = bytearray(zipped.read(matches[0])) if matches else None
-    except ZIP_ERRORS as error:
-        raise InputError(f"{path}: {name} cannot be read from the zip ({error}); download it again") from None
+    with reading(f"{path}: {plain(name)}", "download the zip again"), zipfile.ZipFile(path) as zipped:
+        matches = [info for info in zipped.infolist() if Path(info.filename).name == name]
+        content = bytearray(zipped.read(matches[0])) if matches else None
     if not content:
-        raise InputError(f"{path}: {name} is missing from the zip or empty; give the whole checkpoint")
+        raise InputError(f"{path}: {plain(name)} is missing from the zip or empty; give the whole checkpoint")
     return np.frombuffer(content, np.uint8)
 
 
@@ -498,27 +519,27 @@ def own_tensor(content, start, end, dtype, shape, transposed=False):
 
 def read_json(path, name):
     content = read_file(path, name).tobytes()
-    try:
+    with reading(f"{path}: {name}", "it is not JSON; copy or download it again"):
         return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {name} is not JSON ({error}); copy or download it again") from None
 
 
 def read_text(path, name):
-    try:
-        return read_file(path, name).tobytes().decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: {name} is not UTF-8 ({error}); copy or download it again") from None
+    with reading(f"{path}: {name}", "it is not UTF-8; copy or download it again"):
+        return read_file(path, name).tobytes().decode("utf-8-sig")
 
 
 def read_tokenizer(path, files):
     """A model's tokenizer: tokenizer.json, else byte-level BPE (vocab.json, merges.txt), else WordPiece (vocab.txt)."""
     if "tokenizer.json" in files:
-        content = read_file(path, "tokenizer.json").tobytes()
-        try:
-            return Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare Exception for a malformed file
-            raise InputError(f"{path}: tokenizer.json cannot be read ({error}); copy or download it again") from None
+        with reading(f"{path}: tokenizer.json"):
+            return Tokenizer.from_str(read_file(path, "tokenizer.json").tobytes().decode())
+    settings, added = (
+        read_json(path, name) if name in files else {} for name in ("tokenizer_config.json", "added_tokens.json")
+    )
+    with reading(f"{path}: tokenizer_config.json"):
+        kind = settings.get("tokenizer_class") or "BertTokenizer"
+    if re.sub("Fast$", "", str(kind)) not in ("BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizer"):
+        raise InputError(f"{path}: a {plain(kind)} cannot be read; add its tokenizer.json, which says all of it")
     if {"vocab.json", "merges.txt"} <= files:
         ids = read_json(path, "vocab.json")
         if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < 2**31 for i in ids.values()):
@@ -527,18 +548,32 @@ def read_tokenizer(path, files):
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if not all(len(pair) == 2 for pair in merges):
             raise InputError(f"{path}: merges.txt has a line that is no pair; copy or download it again")
-        return byte_level_tokenizer(ids, merges, f"{path}: vocab.json")
-    if "vocab.txt" not in files:
-        raise InputError(
-            f"{path}: neither tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt in it; "
-            "add the files that came with the weights"
-        )
-    vocab = read_text(path, "vocab.txt").removesuffix("\n").split("\n")
-    return wordpiece_tokenizer([token.removesuffix("\r") for token in vocab], f"{path}: vocab.txt")
+        tokenizer = byte_level_tokenizer(ids, merges, f"{path}: vocab.json", settings)
+    elif "vocab.txt" in files:
+        vocab = [token.rstrip(" \r") for token in read_text(path, "vocab.txt").rstrip("\n\r ").split("\n")]
+        longest = 200 if "bert_config.json" in files else 100  # letters of a word: in Google's code, and in the hub's
+        with reading(f"{path}: tokenizer_config.json"):
+            tokenizer = wordpiece_tokenizer(vocab, f"{path}: vocab.txt", settings, longest)
+        print(f"tokenizer  {'lower-cases' if tokenizer.normalizer.lowercase else 'keeps capitals'}")
+    else:
+        what = "neither tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt in it"
+        raise InputError(f"{path}: {what}; add the files that came with the weights")
+    with reading(f"{path}: added_tokens.json"):
+        for token, i in sorted(added.items(), key=lambda item: item[1]):
+            tokenizer.add_tokens([token])
+            if tokenizer.token_to_id(token) != i:
+                raise ValueError(f"{token} would be {tokenizer.token_to_id(token)}, not {i}")
+    return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Google's TensorFlow checkpoints: an index (a small LevelDB table of names and places) and the raw bytes beside it
+# ---- Google's checkpoints: an index (a small LevelDB table of names and places) and the raw bytes beside it ---------
+
+# sha256 of Google's index files and of the data that belongs to them, where both are known; no other data is checked
+DATA_SUMS = {
+    "04c1323086e2f1c5b7c0759d8d3e484afbb0ab45f51793daab9f647113a0117b": (
+        "58580dc5e0bf0ae0d2efd51d0e8272b2f808857f0a43a88aaf7549da6d7a8a84"
+    ),
+}
 
 
 class Entry(NamedTuple):
@@ -551,29 +586,30 @@ class Entry(NamedTuple):
     size: int
 
 
-def read_google(path, files):
-    """{name as Hugging Face has it: tensor} of the TensorFlow checkpoint in a folder or zip."""
-    indices = [name for name in files if name.endswith(".ckpt.index")]
-    if len(indices) != 1:
-        raise InputError(f"{path}: {len(indices)} files named *.ckpt.index, expected one; give the whole checkpoint")
-    entries, num_shards = read_index(read_file(path, indices[0]).tobytes(), f"{path}: {indices[0]}")
+def read_google(path, index, left_out):
+    """{name as Hugging Face has it: tensor} of a TensorFlow checkpoint in a folder or zip; index: its *.index file.
+
+    left_out: a list that gets the names of what is not BERT itself.
+    """
+    content = read_file(path, index).tobytes()
+    entries, num_shards = read_index(content, f"{path}: {index}")
+    wanted_sum = DATA_SUMS.get(hashlib.sha256(content).hexdigest())
     shards, tensors = {}, {}
     for name, entry in entries.items():
-        if IGNORED.search(name):
+        if not is_encoder(name):
+            left_out.append(name)
             continue
-        shard = f"{indices[0].removesuffix('.index')}.data-{entry.shard:05d}-of-{num_shards:05d}"
+        shard = f"{index.removesuffix('.index')}.data-{entry.shard:05d}-of-{num_shards:05d}"
         if shard not in shards:
             shards[shard] = read_file(path, shard)
+            if wanted_sum and hashlib.sha256(shards[shard]).hexdigest() != wanted_sum:
+                raise InputError(f"{path}: {shard} is damaged, its sha256 is not {wanted_sum}; download it again")
+        what = f"{plain(name)} {entry.shape} of type {entry.dtype} in {entry.size} bytes"
         if entry.dtype != 1 or entry.size != 4 * math.prod(entry.shape):
-            raise InputError(
-                f"{path}: {name} {entry.shape} of type {entry.dtype} in {entry.size} bytes is not float32; "
-                "give Google's file"
-            )
+            raise InputError(f"{path}: {what} is not float32; give Google's file")
         if entry.offset + entry.size > len(shards[shard]):
-            raise InputError(
-                f"{path}: {shard} ends after {len(shards[shard])} bytes, inside or before {name}; "
-                "copy or download it again"
-            )
+            ends = f"{shard} ends after {len(shards[shard])} bytes, inside or before {plain(name)}"
+            raise InputError(f"{path}: {ends}; copy or download it again")
         place = entry.offset, entry.offset + entry.size
         kernel = name.endswith("kernel")  # TensorFlow keeps (in, out), nn.Linear (out, in)
         tensor = own_tensor(shards[shard], *place, torch.float32, entry.shape, transposed=kernel)
@@ -588,7 +624,7 @@ def read_index(content, source):
     A LevelDB table: blocks of (key, value) pairs sorted by key, then an index block of the blocks' places, then a
     footer of 48 bytes with the index block's place and a magic number. Every block carries a checksum.
     """
-    try:
+    with reading(source, "it is no whole TensorFlow checkpoint index; copy or download it again"):
         if content[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
             raise ValueError("it does not end with a table's magic number")
         position = len(content) - 48
@@ -613,8 +649,6 @@ def read_index(content, source):
             entries[key.decode()] = Entry(*(message.get(1, [0])), shape, *(message.get(i, [0])[0] for i in (3, 4, 5)))
         if not num_shards:
             raise ValueError("it has no header")
-    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(f"{source} is no TensorFlow checkpoint index ({error}); copy or download it again") from None
     return entries, num_shards
 
 
@@ -682,62 +716,57 @@ for _ in range(8):
     CRC32C_TABLE = [(crc >> 1) ^ (0x82F63B78 * (crc & 1)) for crc in CRC32C_TABLE]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders: safetensors is a JSON header and raw bytes behind it; pytorch_model.bin is older, a pickle
+# ---- Hugging Face folders: safetensors is a JSON header and raw bytes after it; the older .bin is a pickle ------------
 
-SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
 
 
-def read_safetensors(path):
-    """{name: tensor} of model.safetensors in a folder or zip."""
-    content = read_file(path, "model.safetensors")
-    source = f"{path}: model.safetensors"
-    try:
+def read_safetensors(path, file, left_out):
+    """{name: tensor} of a safetensors file in a folder or zip. left_out: as for `read_google`."""
+    content, source = read_file(path, file), f"{path}: {file}"
+    with reading(source, "it is no whole safetensors file; copy or download it again"):
         (length,) = struct.unpack("<Q", content[:8].tobytes())
-        if length > len(content) - 8:
+        size = len(content) - 8 - length
+        if size < 0:
             raise ValueError(f"its header claims {length} bytes of {len(content)}")
         header = json.loads(content[8 : 8 + length].tobytes())
         header.pop("__metadata__", None)
         places = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        for name, (dtype, shape, *offsets) in places.items():
+        end = 0
+        for name, (dtype, shape, *offsets) in sorted(places.items(), key=lambda item: item[1][2:]):
             whole = all(type(number) is int and number >= 0 for number in (*shape, *offsets))
             if not isinstance(dtype, str) or len(offsets) != 2 or not whole:
                 raise ValueError(f"a bad entry for {name}")
-        end = 0
-        for name, (_, _, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
-            if start != end or stop < start:
+            if offsets[0] != end or offsets[1] < end:
                 raise ValueError(f"a hole or an overlap before {name}")
-            end = stop
-        if end > len(content) - 8 - length:
-            raise ValueError(f"it ends after {len(content)} bytes, before the last of its tensors")
-        if end < len(content) - 8 - length:
-            raise ValueError(f"{len(content) - 8 - length - end} bytes that belong to no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise InputError(f"{source} is not a safetensors file ({error}); copy or download it again") from None
+            end = offsets[1]
+        if end != size:
+            raise ValueError(f"it ends after {size} bytes of tensors, its header says {end}")
     tensors = {}
     for name, (dtype, shape, start, end) in places.items():
-        if IGNORED.search(name):
+        if not is_encoder(name):
+            left_out += [name] * (not NO_WEIGHT.search(name))
             continue
-        if dtype not in SAFETENSORS_TYPES:
-            raise InputError(f"{source}: {name} is {dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
-        if end - start != math.prod(shape) * SAFETENSORS_TYPES[dtype].itemsize:
-            raise InputError(f"{source}: {name} has shape {shape} in {end - start} bytes; download it again")
-        place = 8 + length + start, 8 + length + end
-        tensors[name] = own_tensor(content, *place, SAFETENSORS_TYPES[dtype], shape)
+        if dtype not in TYPES:
+            raise InputError(f"{source}: {plain(name)} is {plain(dtype)}; expected one of {', '.join(TYPES)}")
+        if end - start != math.prod(shape) * TYPES[dtype].itemsize:
+            raise InputError(f"{source}: {plain(name)} has shape {shape} in {end - start} bytes; download it again")
+        tensors[name] = own_tensor(content, 8 + length + start, 8 + length + end, TYPES[dtype], shape)
     return tensors
 
 
-def read_bin(path):
-    """{name: tensor} of pytorch_model.bin in a folder or zip. Nothing in it can run code."""
-    source = f"{path}: pytorch_model.bin"
-    file = path / "pytorch_model.bin" if path.is_dir() else io.BytesIO(read_file(path, "pytorch_model.bin"))
-    tensors = load_pickle(file, source)
+def read_bin(path, file, left_out):
+    """{name: tensor} of a pytorch_model.bin in a folder or zip. Nothing in it can run code."""
+    source = f"{path}: {file}"
+    tensors = load_pickle(path / file if path.is_dir() else io.BytesIO(read_file(path, file)), source)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise InputError(f"{source} is no dictionary of tensors; give the weights as the hub has them")
-    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+    left_out += [name for name in tensors if not is_encoder(name) and not NO_WEIGHT.search(name)]
+    tensors = {name: tensor for name, tensor in tensors.items() if is_encoder(name)}
     for name, tensor in tensors.items():
-        if tensor.dtype not in SAFETENSORS_TYPES.values():
-            raise InputError(f"{source}: {name} is {tensor.dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}")
+        if tensor.dtype not in TYPES.values() or tensor.layout != torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}"
+            raise InputError(f"{source}: {plain(name)} is {kind}; expected one of {', '.join(TYPES)}")
     return tensors
 
 
@@ -746,7 +775,7 @@ def load_pickle(file, source=None):
 
     Raises InputError, naming `source` (by default the path), for anything else and for a damaged file.
     """
-    try:
+    with reading(source or file, "it is no file of torch.save, or damaged; copy or download it again"):
         if zipfile.is_zipfile(file):  # since torch 1.6; torch.load itself looks at no checksum
             with zipfile.ZipFile(file) as zipped:
                 if any(info.file_size != info.compress_size for info in zipped.infolist()) or zipped.testzip():
@@ -754,7 +783,3 @@ def load_pickle(file, source=None):
         if isinstance(file, io.BytesIO):
             file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise InputError(
-            f"{source or file}: not a file of torch.save, or damaged ({type(error).__name__}); copy or download it again"
-        ) from None

@@ -40,11 +40,18 @@ def reading(source, advice="copy or download it again"):
     """
     try:
         yield
-    except (InputError, OSError, MemoryError, KeyboardInterrupt):
+    except (InputError, MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic inside the tokenizers library is no Exception
-        what = "".join(c if c.isprintable() else " " for c in f"{type(error).__name__}: {error}"[:100])
-        raise InputError(f"{source}: cannot be read ({what}); {advice}") from None
+        if isinstance(error, OSError) and error.filename:  # a file that cannot be opened says so itself
+            raise
+        raise InputError(f"{source}: cannot be read ({type(error).__name__}: {plain(error)}); {advice}") from None
+
+
+def plain(thing, most=80):
+    """Text from outside for a message: printable, and not too long."""
+    text = str(thing)
+    return "".join(c if c.isprintable() else "?" for c in text[:most]) + "..." * (len(text) > most)
 
 
 # What the zipfile module raises for a damaged, encrypted or unknown zip.
@@ -115,7 +122,7 @@ def load_task(name, folder=None):
     task = find_task(name)
     if name == "toy":
         return toy_examples(4096, seed=1), toy_examples(600, seed=2)
-    if name == "mrpc":
+    if name == "mrpc" and not local_file(folder, "MRPC/train.tsv"):
         return load_mrpc(task, folder)
     train, dev = Examples(), Examples()
     read_into(train, task, folder, f"{task.folder}/train.tsv", "")
@@ -131,34 +138,38 @@ def load_test(name, folder=None):
         raise InputError("the toy task has no test set; choose a task of GLUE")
     task = replace(task, label="", header=())  # CoLA's test file does have a header
     for part in task.parts:
-        file = "msr_paraphrase_test.txt" if name == "mrpc" else f"test{part and '_' + part}.tsv"
+        file = f"{task.folder}/test{part and '_' + part}.tsv"
+        if name == "mrpc" and not local_file(folder, file):
+            file = "MRPC/msr_paraphrase_test.txt"
         suffix = {"": "", "matched": "-m", "mismatched": "-mm"}[part]
-        read_into(test, task, folder, f"{task.folder}/{file}", task.folder + suffix)
+        read_into(test, task, folder, file, task.folder + suffix)
     return test
 
 
-def read_into(examples, task, folder, member, group):
-    """Append the rows of GLUE's file `member` to `examples`."""
+def read_into(examples, task, folder, name, group):
+    """Append the rows of GLUE's file `name` to `examples`."""
     columns = (*task.texts, task.label) if task.label else task.texts
-    rows = parse_tsv(find_file(folder, member, task.archive), member, columns, task.header)
-    add_rows(examples, rows, task, member, group)
+    content, source = find_file(folder, name, task.archive)
+    add_rows(examples, parse_tsv(content, source, columns, task.header), task, source, group)
 
 
 def load_mrpc(task, folder):
     """MRPC as GLUE splits it: the rows of Microsoft's train file whose two ids stand in the dev ids are dev."""
-    member = "MRPC/msr_paraphrase_train.txt"
-    rows = parse_tsv(find_file(folder, member), member, (*task.texts, task.label, "#1 ID", "#2 ID"))
-    ids_text = find_file(folder, "MRPC/mrpc_dev_ids.tsv").decode("utf-8-sig", errors="replace")
-    dev_ids = {tuple(line.split("\t")) for line in ids_text.replace("\r", "").split("\n") if line}
+    content, source = find_file(folder, "MRPC/msr_paraphrase_train.txt")
+    rows = parse_tsv(content, source, (*task.texts, task.label, "#1 ID", "#2 ID"))
+    content, ids_source = find_file(folder, "MRPC/mrpc_dev_ids.tsv")
+    with reading(ids_source, "delete it to download it again"):
+        dev_ids = {tuple(line.split("\t")) for line in content.decode("utf-8-sig").replace("\r", "").split("\n") if line}
+    strangers = sorted(dev_ids - {tuple(row[3:]) for _, row in rows})
+    if strangers or not dev_ids:
+        what = f"{strangers[0]!r} names no row of {source}" if strangers else "no ids in it"
+        raise InputError(f"{ids_source}: {what}; delete both files to download them again")
     splits = Examples(), Examples()
     for split, wanted in zip(splits, (False, True)):
         part = [(line, row[:3]) for line, row in rows if (tuple(row[3:]) in dev_ids) == wanted]
         if not part:
-            raise InputError(
-                f"MRPC/mrpc_dev_ids.tsv: none or all of the rows of {member} are dev; "
-                "delete both files to download them again"
-            )
-        add_rows(split, part, task, member)
+            raise InputError(f"{ids_source}: all rows of {source} are dev; delete both files to download them again")
+        add_rows(split, part, task, source)
     return splits
 
 
@@ -209,24 +220,30 @@ def cache_dir():
         raise InputError("no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from None
 
 
+def local_file(folder, name):
+    """Where GLUE's file `name`, such as RTE/dev.tsv, lies in a folder like GLUE's, or in the task's own; None if nowhere."""
+    folder = Path(folder).expanduser() if folder else cache_dir() / "glue"
+    return next((path for path in (folder / name, folder / Path(name).name) if path.is_file()), None)
+
+
 def find_file(folder, name, archive=""):
-    """The bytes of GLUE's file `name`: the file in `folder` if it is there, else out of the (downloaded) archive.
+    """GLUE's file `name`: (its bytes, where they are from). From `folder`, else out of the (downloaded) archive.
 
     Without an archive the file itself is what is downloaded. Nothing is ever unpacked to disk.
     """
-    folder = Path(folder or cache_dir() / "glue")
-    path = folder / name
-    if path.is_file():
-        return path.read_bytes()
-    url, sha256 = DOWNLOADS[archive or name]
-    if not archive:
-        return download(url, path, sha256).read_bytes()
-    path = download(url, folder / archive, sha256, member=name)
-    try:
-        with zipfile.ZipFile(path) as zipped:
-            return zipped.read(name)
-    except (KeyError, *ZIP_ERRORS) as error:
-        raise InputError(f"{path}: cannot read {name} ({error}); delete it to download it again") from None
+    path, kind = local_file(folder, name), archive or name
+    folder = Path(folder).expanduser() if folder else cache_dir() / "glue"
+    if not path and ((folder / "train.tsv").is_file() or kind not in DOWNLOADS):  # a task's own folder, and incomplete
+        raise InputError(f"{folder}: {Path(name).name} is missing beside train.tsv; add it, or name another folder")
+    if not path and not archive:
+        path = download(DOWNLOADS[name][0], folder / name, DOWNLOADS[name][1])
+    if path:
+        print(f"reading    {path}")
+        return path.read_bytes(), str(path)
+    path = download(DOWNLOADS[archive][0], folder / archive, DOWNLOADS[archive][1], member=name)
+    print(f"reading    {name} in {path}")
+    with reading(path, "delete it to download it again"), zipfile.ZipFile(path) as zipped:
+        return zipped.read(name), f"{path}: {name}"
 
 
 def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
@@ -375,19 +392,19 @@ def parse_tsv(content, name, columns, header=()):
             f"{name}: no column {missing[0]!r}, found {list(header)}; delete the file to download it again"
         )
     places = [header.index(column) for column in columns]
-    rows = []
+    rows, bad = [], []
     for number, line in enumerate(lines[skipped:], start=skipped + 1):
-        if not line:
-            continue
         fields = line.split("\t")
-        if len(fields) != len(header):
-            raise InputError(
-                f"{name}, line {number}: {len(fields)} columns, the header has {len(header)}; "
-                "delete the file to download it again"
-            )
-        rows.append((number, [fields[place] for place in places]))
+        if len(fields) == len(header):
+            rows.append((number, [fields[place] for place in places]))
+        elif line:
+            bad.append(f"{name}, line {number}: {len(fields)} columns, the header has {len(header)}")
+    if 1000 * len(bad) > len(rows):  # one such row is known in QQP's 363,849
+        raise InputError(f"{bad[0]}; delete the file to download it again")
     if not rows:
         raise InputError(f"{name}: no examples in it; delete the file to download it again")
+    for row in bad:
+        print(f"left out   {row}")
     return rows
 
 

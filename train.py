@@ -42,7 +42,7 @@ TOY_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *data.TOY_WORDS]
 # One head: a block cannot gather all that a sentence of level 3 turns on. Size, blocks, heads, feed-forward, positions.
 TOY_CONFIG = bert.BertConfig(len(TOY_VOCAB), 64, 6, 1, 128, 32)
 # (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing
-DEFAULTS = {"epochs": (3, 16), "batch": (32, 64), "lr": (5e-5, 4e-4), "head_loss": (1.0, 0.3)}
+DEFAULTS = {"epochs": (3, 16), "batch": (32, 64), "lr": (5e-5, 4e-4), "tau": (0.035, 0.05), "head_loss": (1.0, 0.3)}
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -502,8 +502,8 @@ def parse_arguments(argv):
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
     add("--submit", metavar="FOLDER", help="write the test predictions of a finished run (--out) as GLUE takes them")
     add = parser.add_argument_group("the paper's settings").add_argument
-    add("--tau", type=number(float, 0, 1e3), default=0.05,
-        help="price of a block in equation (3), in nats (default: 0.05, our choice; the paper's: 5e-3)")  # fmt: skip
+    add("--tau", type=number(float, 0, 1e3),
+        help="price of a block in equation (3), in nats (default: 0.035; toy: 0.05; the paper's: 5e-3)")  # fmt: skip
     add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
     add("--max-tokens", type=number(int, 8, 65536), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
     add = parser.add_argument_group("our settings").add_argument
@@ -663,10 +663,10 @@ def find_checkpoint(args):
 
 
 class Record:
-    """How a run goes: on the screen, in log.jsonl and checkpoint.pt, and at its end in metrics.json."""
+    """How a run goes: on the screen, in log.jsonl and checkpoint.pt, and at its end in metrics.json. lines: of a stage."""
 
-    def __init__(self, args, checkpoint=None):
-        self.args, self.out, self.checkpoint = args, args.out, checkpoint
+    def __init__(self, args, checkpoint=None, lines=20):
+        self.args, self.out, self.checkpoint, self.lines = args, args.out, checkpoint, lines
         self.stage_1_is_done = checkpoint is not None and checkpoint["stage"] == "stage 2"  # and left its file
         self.seconds = checkpoint["seconds"] if checkpoint else {"stage 1": 0.0}
 
@@ -706,7 +706,7 @@ class Record:
     def add(self, step, values, examples):
         """What a step gave, (loss, price, mean h), and after so many of them a line. examples: of a step, on average."""
         self.values.append(values)  # left on the device, for reading them would stall it
-        if step % max(1, self.steps // 20) == 0 or step == self.steps:
+        if step % max(1, self.steps // self.lines) == 0 or step == self.steps:
             self.collect(step)
             self.show(step, *self.rows.mean(0).tolist(), (step - self.done) / (time.perf_counter() - self.began), examples)
             self.rows = self.rows[:0]

@@ -336,7 +336,8 @@ def train_or_load(run, name, model, train_it):
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
     try:
-        train_it(args, train.Record(args, bert.load_pickle(checkpoint) if checkpoint.exists() else None))
+        lines = 20 if sys.stdout.isatty() else 1  # scripts train many systems
+        train_it(args, train.Record(args, bert.load_pickle(checkpoint) if checkpoint.exists() else None, lines))
     except data.InputError as error:
         what = str(error).partition(";")[0]  # after it stand flags of train.py
         raise data.InputError(f"{what}; repeat the command, or delete {args.out} to train {name} anew") from None

@@ -2,7 +2,8 @@
 
     python paper/figure5.py runs/mrpc --S 0.25 0.5      # a panel for each run; leaves runs/mrpc/figure5.png
 
-DACT leaves by equation (4) and by its exact form; DeeBERT leaves when the entropy of an answer is under S nats.
+DACT leaves by equation (4) and by its exact form; DeeBERT leaves when the entropy of an answer is under S nats. Where the
+dev set has groups, such as the toy task's levels, a second panel shows which of them leave where by (4).
 """
 
 from functools import partial
@@ -16,8 +17,9 @@ from matplotlib.figure import Figure
 import dact
 import train
 
-COLOURS = {"DACT": ("#0072B2", "#56B4E9"), "DeeBERT": ("#D55E00", "#E69F00")}  # told apart by the colour-blind
-HATCHES = ("", "///", "...", "xxx")  # within a system, and without any colour
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")  # DACT, DACT, DeeBERT, DeeBERT: for the colour-blind, too
+SHADES = ("#9ecae1", "#4292c6", "#084594")  # of groups, from easy to hard
+HATCHES = ("", "///", "...", "xxx")  # without any colour
 
 
 class Panel(NamedTuple):
@@ -26,6 +28,7 @@ class Panel(NamedTuple):
     title: str
     exits: dict  # variant: a list of N counts
     scores: dict  # variant: {metric: percent}
+    groups: dict  # group: a list of N counts, by rule (4)
 
 
 def measure(run, thresholds):
@@ -35,12 +38,16 @@ def measure(run, thresholds):
     variants = {name: partial(run.dact.early_exit, rule=rule) for name, rule in rules.items()}
     for S in thresholds:
         variants[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
-    N, exits, scores = len(run.dact.backbone.blocks), {}, {}
+    N, exits, scores, groups = len(run.dact.backbone.blocks), {}, {}, {}
     for name, variant in variants.items():
         labels, exit_block = train.predict(variant, run.dev, run.args)
         exits[name] = train.blocks_used(exit_block, N)["exit_histogram"]
         scores[name] = train.scores(labels, run.dev.labels, run.args.task)
-    return Panel(f"{run.args.task}: {len(run.dev)} dev examples", exits, scores)
+    _, exit_block = train.predict(run.dact.early_exit, run.dev, run.args)
+    for group in dict.fromkeys(run.dev.groups):
+        of_group = exit_block[[name == group for name in run.dev.groups]]
+        groups[group] = train.blocks_used(of_group, N)["exit_histogram"]
+    return Panel(f"{run.args.task}: {len(run.dev)} dev examples", exits, scores, groups)
 
 
 def mean_block(counts):
@@ -60,30 +67,31 @@ def table(panel):
 
 
 def draw(panels):
-    """The figure: a panel for each run, a group of bars for each block."""
-    figure = Figure(figsize=(7.0 * len(panels) + 0.5, 4.4), layout="constrained")
-    rows = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, panel in zip(rows, panels):
-        draw_panel(axes, panel)
-    rows[0].set_ylabel("dev examples that leave")
-    figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    """The figure: a panel for each run, a group of bars for each block; after them one for the groups of its examples."""
+    drawn = [(panel.title, panel.exits, COLOURS) for panel in panels]
+    drawn += [(f"{panel.title}, DACT, rule (4)", panel.groups, SHADES) for panel in panels if panel.groups]
+    figure = Figure(figsize=(7.0 * len(drawn) + 0.5, 4.4), layout="constrained")
+    row = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, (title, bars, colours) in zip(row, drawn):
+        draw_panel(axes, title, bars, colours)
+    row[0].set_ylabel("dev examples that leave")
     return figure
 
 
-def draw_panel(axes, panel):
-    width, seen = 0.84 / len(panel.exits), {"DACT": 0, "DeeBERT": 0}
-    for i, (name, counts) in enumerate(panel.exits.items()):
-        system = name.split(",")[0]
+def draw_panel(axes, title, bars, colours):
+    """Bars {name: a list of N counts}, in colours that begin again where there are more bars."""
+    width = 0.84 / len(bars)
+    for i, (name, counts) in enumerate(bars.items()):
         blocks = np.arange(1, len(counts) + 1)
         axes.bar(
-            blocks + width * (i - (len(panel.exits) - 1) / 2), counts, width, label=name, edgecolor="white",
-            color=COLOURS[system][seen[system] % 2], hatch=HATCHES[seen[system] % 4],
+            blocks + width * (i - (len(bars) - 1) / 2), counts, width, label=name, edgecolor="white",
+            color=colours[i % len(colours)], hatch=HATCHES[i % 4],
         )  # fmt: skip
-        seen[system] += 1
+    axes.legend(fontsize=9, frameon=False)
     axes.set_xticks(blocks)
     axes.set_xlim(0.5, len(blocks) + 0.5)
     axes.set_xlabel("block that is the exit")
-    axes.set_title(panel.title, fontsize=11)
+    axes.set_title(title, fontsize=11)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
 

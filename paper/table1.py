@@ -120,8 +120,10 @@ def measured(folder, data_folder, systems):
 def measure(run, systems):
     """Train what is asked for, choose thresholds, and run all of it over the dev set, batch by batch in turn."""
     contest = Contest(run)
-    for enter in (enter_dact, *(SYSTEMS[system] for system in systems)):
-        enter(contest)
+    enter_dact(contest)
+    for number, system in enumerate(systems, start=1):
+        print(f"{run.folder}: {system}, system {number} of {len(systems)}")
+        SYSTEMS[system](contest)
     return contest.results()
 
 

@@ -1,5 +1,6 @@
 """bert.py against `transformers` on the same weights, and its loaders against all that can be wrong with a file."""
 
+import hashlib
 import json
 import struct
 
@@ -95,10 +96,10 @@ def test_e5_from_safetensors_equals_transformers():
 def test_tiny_random_from_tensorflow_equals_transformers_and_its_arrays():
     folder = MODELS / "tiny_random_L-2_H-32_A-2"
     config = bert.BertConfig.from_dict(json.loads((folder / "bert_config.json").read_text()))
-    read = bert.read_google(folder, bert.list_files(folder))
-    tensors = {bert.our_name(name): tensor for name, tensor in read.items()}
+    read = bert.read_weights(folder, bert.list_files(folder))
+    tensors = {bert.standard_name(name): tensor for name, tensor in read.items()}
     arrays = {name.replace("|", "/"): array for name, array in np.load(folder / "expected.npz").items()}
-    expected = {bert.our_name(name): tensor for name, tensor in hugging_face_names(arrays).items()}
+    expected = hugging_face_names(arrays)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     model = bert.build(config, 2, read, folder)
@@ -306,8 +307,113 @@ def test_cased_or_uncased_is_read_off_the_vocabulary():
     uncased = bert.wordpiece_tokenizer(VOCAB)
     assert uncased.encode("The CATS", "é z").tokens == ["[CLS]", "the", "cat", "##s", "[SEP]", "e", "[UNK]", "[SEP]"]
     assert uncased.encode("The CATS", "cat").type_ids == [0, 0, 0, 0, 0, 1, 1]
-    cased = bert.wordpiece_tokenizer([*VOCAB, "The"])
+    few = [*VOCAB, "The", "<S>", "<URL>", "COVID"]  # some capitals make no cased vocabulary
+    assert bert.wordpiece_tokenizer(few).encode("The the").tokens == ["[CLS]", "the", "the", "[SEP]"]
+    cased = bert.wordpiece_tokenizer([*VOCAB, "The", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"])
     assert cased.encode("The the THE").tokens == ["[CLS]", "The", "the", "[UNK]", "[SEP]"]
+    assert bert.wordpiece_tokenizer(few, settings={"do_lower_case": False}).encode("The the").tokens[1:3] == ["The", "the"]
+
+
+def test_a_tokenizer_config_is_obeyed(tmp_path, capsys):
+    """What `transformers` makes of the same folder, for each setting; and added tokens, which have ids of their own."""
+    folder = write_hugging_face(tmp_path / "hub", hugging_face_names(google_arrays()))
+    text = "The CATS é猫 sat"
+    for settings in ({"do_lower_case": True}, {"do_lower_case": False}, {"strip_accents": False},
+                     {"do_lower_case": False, "strip_accents": True}, {"tokenize_chinese_chars": False}):  # fmt: skip
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "BertTokenizer"}))
+        reference = BertTokenizer(vocab=str(folder / "vocab.txt"), **({"do_lower_case": True} | settings))
+        _, tokenizer = bert.load_pretrained(folder, 2)
+        assert tokenizer.encode(text).ids == reference(text)["input_ids"], settings
+    assert "tokenizer  lower-cases" in capsys.readouterr().out
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    refuse(folder, "BertJapaneseTokenizer cannot be read")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": len(VOCAB)}))
+    refuse(folder, f"token {len(VOCAB)} of the tokenizer")  # the table of this model has no row for it
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": len(VOCAB) + 1}))
+    refuse(folder, "added_tokens.json", "would be 22")
+
+
+def test_the_longest_word_is_that_of_the_layout(tmp_path):
+    arrays, word = google_arrays(), "a" + "s" * 150
+    vocab = ["##s" if token == "##s" else token for token in VOCAB]
+    google = bert.load_pretrained(write_google(tmp_path / "g", arrays, vocab=vocab), 2)[1]
+    hub = bert.load_pretrained(write_hugging_face(tmp_path / "h", hugging_face_names(arrays)), 2)[1]
+    assert google.encode(word).tokens[1:3] == ["a", "##s"] and hub.encode(word).tokens[1] == "[UNK]"
+
+
+@pytest.mark.parametrize("ending", ["\n\n", "", " \n", "\r\n"])
+def test_a_vocabulary_as_editors_leave_it(google, ending):
+    """With a byte order mark, spaces after a word, blank lines at the end."""
+    expected = bert.load_pretrained(google, 2)[1].get_vocab()
+    text = "\ufeff" + "\n".join([VOCAB[0] + " ", *VOCAB[1:]]) + ending
+    (google / "vocab.txt").write_bytes(text.encode())
+    assert bert.load_pretrained(google, 2)[1].get_vocab() == expected
+
+
+def test_fine_tuned_checkpoints(tmp_path, capsys):
+    """The head of a task and an optimiser's slots are left out, and said so; weights in several files; a prefix."""
+    arrays = google_arrays()
+    expected, _ = bert.load_pretrained(write_google(tmp_path / "plain", arrays), 2)
+    more = {"output_weights": np.zeros((2, 8), np.float32), "bert/pooler/dense/bias/Adam_1": np.zeros(8, np.float32)}
+    folder = write_google(tmp_path / "google", arrays | more)
+    for suffix in ("index", "data-00000-of-00001"):
+        (folder / f"bert_model.ckpt.{suffix}").rename(folder / f"model.ckpt-20.{suffix}")
+    (folder / "._model.ckpt-20.index").write_bytes(b"Mac")
+    assert_same_weights(bert.load_pretrained(folder, 2)[0], expected)
+    out = capsys.readouterr().out
+    assert "left out" in out and "output_weights" in out
+    tensors = {f"module.bert.{name}": tensor for name, tensor in hugging_face_names(arrays).items()}
+    head = {"module.classifier.weight": torch.zeros(2, 8)}
+    folder = write_hugging_face(tmp_path / "hub", tensors | head)
+    assert_same_weights(bert.load_pretrained(folder, 2)[0], expected)
+    assert "module.classifier.weight" in capsys.readouterr().out
+    names, parts = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i}.safetensors"
+        write_hugging_face(folder, {name: tensors[name] for name in part})
+        (folder / "model.safetensors").rename(folder / file)
+        parts |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    (folder / "config.json").rename(folder / "bert_config.json")  # Google's name beside PyTorch's weights
+    assert_same_weights(bert.load_pretrained(folder, 2)[0], expected)
+    (folder / "model-1.safetensors").unlink()
+    refuse(folder, "model-1.safetensors is missing")
+
+
+def test_a_local_folder_with_a_known_name(google, monkeypatch):
+    google.rename(google.with_name("bert-tiny"))
+    monkeypatch.chdir(google.parent)
+    assert bert.load_pretrained("bert-tiny", 2)[0].bert.config.hidden_size == 8
+    monkeypatch.setenv("HOME", str(google.parent))
+    assert bert.find_model("~/bert-tiny") == google.with_name("bert-tiny")
+
+
+def test_a_roberta_whose_config_does_not_say_so(tmp_path):
+    folder, _ = write_roberta(tmp_path / "r", safe=False)
+    expected, _ = bert.load_pretrained(folder, 2)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = bert.load_pretrained(folder, 2)
+    assert model.bert.config == expected.bert.config and model.bert.config.first_position == 2
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    refuse(folder, "the weights are a RoBERTa's")
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    arrays = google_arrays()
+    arrays["bert/encoder/layer_1/output/dense/bias"][3] = np.nan
+    refuse(write_google(tmp_path / "google", arrays), "encoder.layer.1.output.dense.bias", "not finite")
+
+
+def test_a_damaged_data_file_of_which_the_sum_is_known(google, monkeypatch):
+    content, index = (google / DATA_FILE).read_bytes(), (google / "bert_model.ckpt.index").read_bytes()
+    sums = {hashlib.sha256(index).hexdigest(): hashlib.sha256(content).hexdigest()}
+    monkeypatch.setattr(bert, "DATA_SUMS", sums)
+    bert.load_pretrained(google, 2)
+    (google / DATA_FILE).write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+    refuse(google, "damaged, its sha256 is not")
 
 
 def test_names_of_google_models():
@@ -353,7 +459,7 @@ def test_missing_left_over_and_misshapen_tensors(tmp_path):
     arrays = google_arrays()
     key = "bert/encoder/layer_1/attention/self/key/kernel"
     without = {name: array for name, array in arrays.items() if name != key}
-    refuse(write_google(tmp_path / "a", without), "missing", "blocks.1.attention.key")
+    refuse(write_google(tmp_path / "a", without), "missing", "layer.1.attention.self.key")
     refuse(write_google(tmp_path / "b", arrays | {"bert/extra": np.zeros(3, np.float32)}), "no place", "extra")
     refuse(write_google(tmp_path / "c", arrays | {key: np.zeros((8, 7), np.float32)}), "(7, 8)", "(8, 8)")
 
@@ -361,14 +467,16 @@ def test_missing_left_over_and_misshapen_tensors(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"num_hidden_layers": 3}, ("missing", "blocks.2.")),
-        ({"num_hidden_layers": 1}, ("no place", "blocks.1.")),
+        ({"num_hidden_layers": 3}, ("missing", "layer.2.")),
+        ({"num_hidden_layers": 1}, ("no place", "layer.1.")),
         ({"intermediate_size": 16}, ("shape (12,)", "asks for (16,)")),
         ({"num_attention_heads": 3}, ("hidden_size 8", "num_attention_heads 3")),
         ({"hidden_size": "8"}, ("hidden_size", "'8'")),
         ({"hidden_size": None}, ("hidden_size", "None")),
         ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
         ({"vocab_size": 10**30}, ("vocab_size", "1000")),
+        ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "1000")),
+        ({"is_decoder": True}, ("is_decoder", "True")),
         ({"hidden_size": 800_000}, ("shape (8,)", "(800000,)")),
         ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "1.5")),
         ({"layer_norm_eps": float("nan")}, ("layer_norm_eps", "nan")),
@@ -447,13 +555,13 @@ def test_bad_safetensors(tmp_path):
     (length,) = struct.unpack("<Q", content[:8])
     for broken, word in (
         (content[:-100], "ends after"),
-        (content[:100], "not a safetensors file"),
+        (content[:100], "no whole safetensors file"),
         (struct.pack("<Q", 1 << 60) + content[8:], "claims"),
-        (content[:8] + b"[" + content[9:], "not a safetensors file"),
+        (content[:8] + b"[" + content[9:], "no whole safetensors file"),
         (content[: 8 + length].replace(b'"F32"', b'"F99"') + content[8 + length :], "F99"),
         (content[: 8 + length].replace(b"[8, 8]", b"[8, 7]") + content[8 + length :], "(8, 7)"),
         (content[: 8 + length].replace(b"[8, 8]", b"[8,-8]") + content[8 + length :], "a bad entry"),
-        (content[: 8 + length].replace(b"[8, 8]", b"[8.,8]") + content[8 + length :], "not a safetensors file"),
+        (content[: 8 + length].replace(b"[8, 8]", b"[8.,8]") + content[8 + length :], "no whole safetensors file"),
         (content[: 8 + length].replace(b'"F32"', b"[3.2]") + content[8 + length :], "a bad entry"),
         (b"", "empty"),
     ):
@@ -463,9 +571,9 @@ def test_bad_safetensors(tmp_path):
     write_hugging_face(folder, tensors | {f"bert.{word}": torch.zeros_like(tensors[word])})
     refuse(folder, "word_embeddings", "under another name too")
     write_hugging_face(folder, {k: v for k, v in tensors.items() if k != word})
-    refuse(folder, "missing", "embed.word")
+    refuse(folder, "missing", "word_embeddings")
     file.unlink()
-    refuse(folder, "model.safetensors is missing")
+    refuse(folder, "no *.ckpt.index, model.safetensors or pytorch_model.bin")
 
 
 def test_paths_that_are_no_model(tmp_path):
@@ -476,7 +584,7 @@ def test_paths_that_are_no_model(tmp_path):
     refuse(tmp_path / "empty", "neither bert_config.json")
     google = write_google(tmp_path / "google", google_arrays())
     (google / "bert_model.ckpt.index").unlink()
-    refuse(google, "ckpt.index")
+    refuse(google, "ckpt.index", "give the whole checkpoint")
 
 
 @pytest.mark.parametrize("weights", ["random", "zero"])  # stored almost as they are, and compressed to nothing
@@ -488,7 +596,7 @@ def test_damaged_zip(tmp_path, weights):
     content = bytearray(zipped.read_bytes())
     start = content.index(DATA_FILE.encode()) + len(DATA_FILE)  # the compressed weights
     zipped.write_bytes(content[:start] + b"\xff" * 20 + content[start + 20 :])
-    refuse(zipped, DATA_FILE, "cannot be read from the zip")
+    refuse(zipped, DATA_FILE, "download the zip again")
     central = content.index(b"PK\x01\x02")  # the zip's table of contents
     zipped.write_bytes(content[:central] + bytes(4) + content[central + 4 :])
     refuse(zipped, "not a sound zip")

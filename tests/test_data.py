@@ -217,7 +217,7 @@ RTE_TSV = 'index\tsentence1\tsentence2\tlabel\n0\tA "cat.\tB.\tentailment\n1\tC\
 def test_rte_comes_out_of_its_zip(server, tmp_path, monkeypatch):
     server.files["/RTE.zip"] = zip_bytes(RTE__train_tsv=RTE_TSV).replace(b"train_tsv", b"train.tsv")
     monkeypatch.setitem(data.DOWNLOADS, "RTE.zip", (server.url("/RTE.zip"), None))
-    with pytest.raises(InputError, match="RTE.zip: cannot read .*dev.tsv"):  # a zip that has train but not dev
+    with pytest.raises(InputError, match="RTE.zip: cannot be read .*dev.tsv"):  # a zip that has train but not dev
         data.load_task("rte", tmp_path)
     whole = zip_bytes(RTE__train_tsv=RTE_TSV, RTE__dev_tsv=RTE_TSV)
     (tmp_path / "RTE.zip").write_bytes(whole.replace(b"train_tsv", b"train.tsv").replace(b"dev_tsv", b"dev.tsv"))
@@ -316,13 +316,46 @@ def write_mrpc(folder, rows, ids):
 
 def test_mrpc_split_mark_and_quotes(tmp_path):
     rows = ['1\t10\t11\t"Open quote\tB\x85b\r\n', "0\t12\t13\tC\tD\u2028d\r\n", '1\t11\t10\tE"\tF\r\n']
-    write_mrpc(tmp_path, rows, "12\t13\n11\t12\n")
+    write_mrpc(tmp_path, rows, "12\t13\n")
     train, dev = data.load_task("mrpc", tmp_path)
     assert train.texts == [('"Open quote', "B\x85b"), ('E"', "F")] and train.labels == [1, 1]
     assert dev.texts == [("C", "D\u2028d")] and dev.labels == [0]
-    write_mrpc(tmp_path, rows, "7\t8\n")
-    with pytest.raises(InputError, match="mrpc_dev_ids.tsv"):
-        data.load_task("mrpc", tmp_path)
+    ids = ("7\t8\n", "12\t13\n11\t12\n", "", "12\t13\n10\t11\n11\t10\n")  # one row unknown; all; none; all rows dev
+    for broken in ids:
+        write_mrpc(tmp_path, rows, broken)
+        with pytest.raises(InputError, match="mrpc_dev_ids.tsv"):
+            data.load_task("mrpc", tmp_path)
+
+
+def test_a_tasks_own_folder(tmp_path, capsys):
+    """As $GLUE_DIR/RTE in other scripts: read, and nothing is downloaded into it or mixed with it."""
+    write_glue(tmp_path, "RTE", examples=7)
+    train, dev = data.load_task("rte", tmp_path / "RTE")
+    assert len(train.texts) == len(dev.texts) == 7 and len(data.load_test("rte", tmp_path / "RTE").texts) == 7
+    assert f"reading    {tmp_path}/RTE/train.tsv" in capsys.readouterr().out
+    (tmp_path / "RTE" / "dev.tsv").unlink()
+    with pytest.raises(InputError, match="dev.tsv is missing beside train.tsv"):
+        data.load_task("rte", tmp_path / "RTE")
+
+
+def test_mrpc_that_was_split_already(tmp_path):
+    (tmp_path / "MRPC").mkdir()
+    for name, text in (("train", "A"), ("dev", "C"), ("test", "E")):
+        head = "index\t#1 ID\t#2 ID\t#1 String\t#2 String" if name == "test" else MRPC_HEADER.strip()
+        (tmp_path / "MRPC" / f"{name}.tsv").write_text(f"{head}\n1\t10\t11\t{text}\tB\n", "utf-8")
+    for folder in (tmp_path, tmp_path / "MRPC"):
+        train, dev = data.load_task("mrpc", folder)
+        assert (train.texts, dev.texts, dev.labels) == ([("A", "B")], [("C", "B")], [1])
+        assert data.load_test("mrpc", folder).texts == [("E", "B")]
+
+
+def test_a_row_in_a_thousand_may_be_bad(tmp_path, capsys):
+    """QQP's training file has one with too few columns."""
+    write_glue(tmp_path, "QQP", examples=1000)
+    with open(tmp_path / "QQP" / "train.tsv", "a") as file:
+        file.write("1000\t7\t8\tcut\n")
+    assert len(data.load_task("qqp", tmp_path)[0].texts) == 1000
+    assert "left out" in (out := capsys.readouterr().out) and "line 1002: 4 columns, the header has 6" in out
 
 
 def test_mrpc_files_are_downloaded_one_by_one(server, tmp_path, monkeypatch):
