@@ -169,6 +169,11 @@ def words_of(run, i):
     return [token.lstrip("\u2581\u0120") or "␣" for token in tokens]  # SentencePiece's mark, and byte-level BPE's
 
 
+def hardest_first(run):
+    """The indices of the dev examples, those of the last group (the toy's level 3) first, where there are groups."""
+    return sorted(range(len(run.dev)), key=lambda i: bool(run.dev.groups) and run.dev.groups[i] != max(run.dev.groups))
+
+
 def check_examples(run, examples):
     """Raise InputError if one of the indices is of no dev example."""
     for i in examples:

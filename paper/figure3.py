@@ -66,8 +66,8 @@ def main(argv):
 def first_right(run, deebert_labels, wanted=2):
     """The first dev examples that both systems answer right. deebert_labels: (examples,), what DeeBERT answers."""
     found = []
-    for i in (deebert_labels == run.dev.labels).nonzero().flatten().tolist():
-        if dact_answer(run, i).label.item() == run.dev.labels[i]:
+    for i in attributions.hardest_first(run):
+        if deebert_labels[i] == run.dev.labels[i] == dact_answer(run, i).label.item():
             found.append(i)
         if len(found) == wanted:
             return found

@@ -42,8 +42,8 @@ def main(argv):
 
 def first_right(run):
     """The first dev example that DACT answers right."""
-    for i, label in enumerate(run.dev.labels.tolist()):
-        if dact_answer(run, i).label.item() == label:
+    for i in attributions.hardest_first(run):
+        if dact_answer(run, i).label.item() == run.dev.labels[i]:
             return i
     raise data.InputError(f"{run.folder}: no example is answered right; choose one by --examples")
 
@@ -87,10 +87,12 @@ def draw(run, i, h, answer, found, path):
     axes = figure.subplots(2, 2, width_ratios=[width + 1, 2.2], height_ratios=[N, 1])
     figure.suptitle(f"{run.args.task}, dev example {i}, label {run.labels[run.dev.labels[i]]!r}. DACT-BERT: {answer}")
     top = heat_map(axes[0, 0], torch.stack([a.parts for a in halting]).cpu())
-    names = [f"block {k}, h = {h_k:.2f}" + (" ◀ exit" if k == n else "") for k, h_k in enumerate(h, start=1)]
+    ends = [""] * (n - 1) + [" ◀ exit"] + [", not run"] * (N - n)
+    names = [f"block {k}, h = {h_k:.2f}{end}" for k, (h_k, end) in enumerate(zip(h, ends), start=1)]
     axes[0, 0].set_yticks(range(N), names, size=11)
     axes[0, 0].set_xticks([])
-    axes[0, 0].axhline(n - 0.5, color="black", linewidth=1.5)  # no block below it was run
+    axes[0, 0].axhline(n - 0.5, color="black", linewidth=1.5)
+    axes[0, 0].axhspan(n - 0.5, N - 0.5, color="white", alpha=0.65)  # what is not run at inference is paler
     axes[0, 0].set_title("halting value before the sigmoid, by token (+ goes on, − halts)", size=12)
     bottom = heat_map(axes[1, 0], output.parts[None].cpu())
     axes[1, 0].set_yticks([0], ["answer, log-odds"], size=11)

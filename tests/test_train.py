@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,24 @@ def test_explain_shows_the_equations(toy_run, capsys):
     assert out.count("stops after block") == 2 and "rule (4) stops" in out and "exact rule stops" in out
     stop = max(int(word) for word in re.findall(r"stops after block (\d)", out))
     assert out.count("not run") == 6 - stop
+
+
+def test_the_program_of_the_readme(toy_run, tmp_path, monkeypatch, capsys):
+    """As it stands there, on a run in runs/toy: what it prints is what the run's own model answers."""
+    readme = (Path(train.__file__).parent / "README.md").read_text("utf-8")
+    (program,) = [block for block in re.findall("```python\n(.*?)```", readme, re.S) if "load_run" in block]
+    assert len(program.strip().splitlines()) <= 12
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy").symlink_to(toy_run)
+    monkeypatch.chdir(tmp_path)
+    exec(program, scope := {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("after block ") and "'positive'" in line for line in lines)
+    saved, texts = train.load_run("runs/toy/dact.pt"), scope["texts"]
+    for text, block, probabilities in zip(texts, scope["halted"].exit_block, scope["halted"].a.cpu()):
+        alone = saved.model.eval().early_exit(*saved.encode([text]))  # without the other one's padding
+        assert alone.exit_block.item() == block
+        torch.testing.assert_close(alone.a[0], probabilities, atol=1e-5, rtol=1e-4)
 
 
 def test_explain_says_which_words_are_unknown(toy_run, capsys):
@@ -473,7 +492,7 @@ def test_bad_files_reach_the_user_as_one_line(tmp_path, capsys):
 def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     assert "dact.pt: no such file" in fails(capsys, "--out", tmp_path, "--explain", "x")
     (tmp_path / "dact.pt").write_bytes(b"not a checkpoint")
-    assert "not a file of torch.save" in fails(capsys, "--out", tmp_path, "--explain", "x")
+    assert "no file of torch.save" in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "dact.pt")
     assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "a run on 'toy'" in fails(capsys, "--task", "rte", "--out", toy_run, "--explain", "x", "y")
@@ -503,7 +522,7 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
             return (open, (str(tmp_path / "evil"), "w"))
 
     torch.save({"task": "toy", "evil": Evil()}, tmp_path / "stage1.pt")
-    with pytest.raises(InputError, match="not a file of torch.save"):
+    with pytest.raises(InputError, match="no file of torch.save"):
         train.load_run(tmp_path / "stage1.pt", 1, "toy")
     assert not (tmp_path / "evil").exists()
 
