@@ -13,8 +13,8 @@ import os
 import random
 import sys
 import time
+import weakref
 import zipfile
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,10 +52,6 @@ def plain(thing, most=80):
     """Text from outside for a message: printable, and not too long."""
     text = str(thing)
     return "".join(c if c.isprintable() else "?" for c in text[:most]) + "..." * (len(text) > most)
-
-
-# What the zipfile module raises for a damaged, encrypted or unknown zip.
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
 # ---- Tasks ----------------------------------------------------------------------------------------------------------
@@ -259,10 +255,13 @@ def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
     problem = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone_in(path.parent):
-            if path.is_file():  # another run downloaded it while this one waited
-                return path
-            problem = try_download(url, path, part, sha256, member, attempts, pause)
+        handle = lock(path.parent)
+        try:
+            if not path.is_file():  # else another run downloaded it while this one waited
+                problem = try_download(url, path, part, sha256, member, attempts, pause)
+        finally:
+            if handle:
+                os.close(handle)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
     if problem:
@@ -270,18 +269,23 @@ def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
     return path
 
 
-@contextlib.contextmanager
-def alone_in(folder):
-    """Keep other runs from downloading into a folder; the system lets go of it when a run ends, however it ends."""
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+def lock(folder, owner=None):
+    """Keep other runs out of a folder: wait for it, and return the lock; its `os.close` ends it, as does the process's end.
+
+    owner: do not wait, but raise InputError if the folder is in use; the lock ends with this object.
+    """
+    if not fcntl:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    if owner:
+        weakref.finalize(owner, os.close, handle)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        if fcntl:
-            os.close(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if owner else 0))
+    except BlockingIOError:
+        raise InputError(f"{folder} is in use by another run; choose another --out") from None
+    except OSError:  # some network file systems have no locks
+        pass
+    return handle
 
 
 def try_download(url, path, part, sha256, member, attempts, pause):
@@ -298,8 +302,10 @@ def try_download(url, path, part, sha256, member, attempts, pause):
             if status < 500 and status not in (408, 429):  # asking again will not help
                 break
             continue
-        except requests.RequestException as error:
-            problem = f"the connection failed ({type(error).__name__})"
+        except OSError as error:  # all that requests raises is one
+            if error.errno and not isinstance(error, requests.RequestException):
+                raise  # the disk's, not the network's
+            problem = f"the connection failed ({type(error).__name__}: {plain(error)})"
             continue
         problem = check_download(part, sha256, member)
         if not problem:
@@ -354,13 +360,17 @@ def check_download(part, sha256, member):
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             return f"its sha256 is {found}, expected {sha256}"
+    else:
+        with open(part, "rb") as file:
+            if file.read(100).lstrip().startswith(b"<"):
+                return "a web page came in its place"
     if member:
         try:
             with zipfile.ZipFile(part) as zipped:
                 if not any(name == member or name.endswith("/" + member) for name in zipped.namelist()):
                     return f"the zip has no {member}"
                 damaged = None if sha256 else zipped.testzip()  # Google publishes no sums, but each member has one
-        except ZIP_ERRORS as error:
+        except Exception as error:  # zipfile raises many kinds
             return f"it is not a sound zip file ({error})"
         if damaged:
             return f"{damaged} in the zip is damaged"

@@ -19,6 +19,7 @@ import platform
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(args):
     print(f"model      {name}, {sum(p.numel() for p in stage1.parameters()) / 1e6:.1f} M parameters")
     print(f"task       {args.task}, {len(train)} training and {len(dev)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in VERSIONS.items()))
-    record.begin()
+    record.begin(train, dev)
 
     stage1.to(args.device)
     if not record.stage_1_is_done:
@@ -89,7 +90,10 @@ def starting_model(args, stage1=None):
     """
     num_classes = len(data.find_task(args.task).labels)
     if stage1 is not None:
-        return load_run(Path(stage1), 1, args.task)[:3]
+        model, tokenizer, name, *_ = load_run(stage1, 1, args.task)
+        if args.model not in (None, name):
+            raise InputError(f"{stage1} was trained from {name}, not from {args.model}; leave --model out")
+        return model, tokenizer, name
     if args.task == "toy" and args.model is None:
         model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
         return model.apply(bert.init_weights), bert.wordpiece_tokenizer(TOY_VOCAB), SCRATCH
@@ -149,10 +153,11 @@ def fit(stage, model, loss_of, train, args, record):
             with autocast(args):
                 loss, price, mean_h = loss_of(parallel, inputs, labels)
             (loss * weight).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            record.add(step, torch.stack([loss, price, mean_h]).detach() * weight, len(train) / per_epoch)
+            values = torch.stack([loss * weight, price * weight, mean_h * weight, norm]).detach()
+            record.add(step, values, len(train) / per_epoch)
             if step == steps:
                 break
         if isinstance(train, data.Dataset):  # a stage over vectors takes seconds, and would start again
@@ -407,7 +412,8 @@ def explain(args):
     if len(args.explain) != wanted:
         raise InputError(f"--explain takes {wanted} text(s) of {args.task}, found {len(args.explain)}; quote each one")
     saved = load_run(args.out / "dact.pt", 2, args.task)
-    inputs = saved.encode([args.explain[0] if wanted == 1 else tuple(args.explain)])
+    texts = [text.encode(errors="replace").decode() for text in args.explain]  # bytes that are no UTF-8 as ?
+    inputs = saved.encode([texts[0] if wanted == 1 else tuple(texts)])
     tokens = [saved.tokenizer.id_to_token(i) for i in inputs[0][0].tolist()]
     print("tokens: " + " ".join(tokens))
     unknown, frame = tokens.count("[UNK]"), len(saved.tokenizer.encode("").ids) + wanted - 1
@@ -473,8 +479,8 @@ def main(argv=None):
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; try a smaller --batch or --max-tokens", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: the memory is full; try a smaller --batch or --max-tokens", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
@@ -518,7 +524,9 @@ def parse_arguments(argv):
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[scratch])
-    args.out = Path(args.out or f"runs/{args.task}")
+    args.out = Path(args.out or f"runs/{args.task}").expanduser()
+    if args.model and Path(args.model).expanduser().exists():  # so that metrics.json names it for any folder
+        args.model = str(Path(args.model).expanduser().resolve())
     return args
 
 
@@ -651,8 +659,9 @@ def find_checkpoint(args):
     path, wanted = args.out / "checkpoint.pt", settings(args)
     checkpoint = bert.load_pickle(path)
     with data.reading(path, "start again with --overwrite"):
-        found, place = dict(checkpoint["settings"]), (checkpoint["stage"], checkpoint["step"])
-        dict(checkpoint["seconds"])
+        checkpoint = dict(checkpoint)
+        found, _ = dict(checkpoint["settings"]), dict(checkpoint["seconds"])
+        place = checkpoint["stage"], checkpoint["step"]
     for name, value in wanted.items():
         if found.get(name) != value:
             was = f"{args.out}: its run has {name} {found.get(name)!r}, not {value!r}"
@@ -667,18 +676,24 @@ class Record:
 
     def __init__(self, args, checkpoint=None, lines=20):
         self.args, self.out, self.checkpoint, self.lines = args, args.out, checkpoint, lines
+        self.data = None  # a sum of what is trained on, where it matters
         self.stage_1_is_done = checkpoint is not None and checkpoint["stage"] == "stage 2"  # and left its file
         self.seconds = checkpoint["seconds"] if checkpoint else {"stage 1": 0.0}
 
-    def begin(self):
-        """Make args.out the folder of this run: nothing of an earlier one in it, and the settings in its log."""
-        if self.checkpoint or rank() > 0:
+    def begin(self, train, dev):
+        """Make args.out the folder of this run alone: nothing of an earlier one in it, and the settings in its log."""
+        self.data = [zlib.crc32(torch.cat([*part.input_ids, part.labels]).numpy().tobytes()) for part in (train, dev)]
+        if self.checkpoint and self.checkpoint.get("data") != self.data:
+            raise InputError(f"{self.out}: its run was on other data; give the same, or choose another --out")
+        if rank() > 0:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
+        data.lock(self.out, self)
+        for name in RUN_FILES if not self.checkpoint else ():
             if not self.args.stage1 or (self.out / name).resolve() != Path(self.args.stage1).resolve():
                 (self.out / name).unlink(missing_ok=True)
-        self.log({"settings": settings(self.args)})
+        if not self.checkpoint:
+            self.log({"settings": settings(self.args)})
 
     def log(self, line):
         if rank() == 0:
@@ -687,12 +702,15 @@ class Record:
 
     def start(self, stage, steps, model, optimizer):
         """A stage begins, or goes on where the checkpoint has it: the steps done."""
-        self.stage, self.steps, self.done, self.values, self.rows = stage, steps, 0, [], torch.empty(0, 3)
+        self.stage, self.steps, self.done, self.values, self.rows = stage, steps, 0, [], torch.empty(0, 4)
         saved, path = self.checkpoint, self.out / "checkpoint.pt"
         if saved and saved["stage"] == stage:
             with data.reading(path, "it is of another model or machine; start again with --overwrite"):
+                check_state(saved["model"], model)
                 model.load_state_dict(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
+                for parameter, moments in optimizer.state.items():  # the fused optimiser would write past the end of others
+                    check_like(parameter, moments["exp_avg"], moments["exp_avg_sq"])
                 torch.set_rng_state(saved["random"][rank()]["cpu"])
                 if self.args.device.type == "cuda":
                     torch.cuda.set_rng_state(saved["random"][rank()]["cuda"])
@@ -704,25 +722,27 @@ class Record:
         return self.done
 
     def add(self, step, values, examples):
-        """What a step gave, (loss, price, mean h), and after so many of them a line. examples: of a step, on average."""
+        """What a step gave, (loss, price, mean h, gradient's norm); a line after so many. examples: of a step, on average."""
         self.values.append(values)  # left on the device, for reading them would stall it
         if step % max(1, self.steps // self.lines) == 0 or step == self.steps:
             self.collect(step)
-            self.show(step, *self.rows.mean(0).tolist(), (step - self.done) / (time.perf_counter() - self.began), examples)
+            self.show(step, *self.rows.mean(0).tolist()[:3], (step - self.done) / (time.perf_counter() - self.began), examples)
             self.rows = self.rows[:0]
 
     def collect(self, step):
-        """Fetch what the last steps gave, of all processes. Raises InputError if one of their losses is no number."""
+        """Fetch what the last steps gave, of all processes. Raises InputError if a loss or a gradient is no number."""
         if self.values:
             rows = torch.stack(gather(torch.stack(self.values).cpu())).mean(0)
             self.rows, self.values = torch.cat([self.rows, rows]), []
         self.seconds[self.stage] = self.earlier + time.perf_counter() - self.began
-        bad = (~self.rows[:, 0].isfinite()).nonzero()
+        bad = (~self.rows[:, [0, 3]].isfinite()).nonzero()
         if len(bad):
-            step, loss = step + 1 + bad[0].item() - len(self.rows), self.rows[bad[0], 0].item()
-            rate, last = self.args.lr * warm_up_and_decay(step, self.steps), self.out / "checkpoint.pt"
+            (row, column), last = bad[0].tolist(), self.out / "checkpoint.pt"
+            what = f"the {('loss', 'norm of the gradient')[column]} is {self.rows[row, 3 * column]}"
+            step += 1 + row - len(self.rows)
+            rate = self.args.lr * warm_up_and_decay(step, self.steps)
             sound = f"the last sound state is {last}" if last.is_file() else "no epoch was finished"
-            where = f"{self.stage}: the loss is {loss} at step {step}, learning rate {rate:.2g}"
+            where = f"{self.stage}: {what} at step {step}, learning rate {rate:.2g}"
             raise InputError(f"{where}; start again with a smaller --lr ({sound})")
 
     def show(self, step, loss, price, mean_h, speed, examples):
@@ -742,7 +762,7 @@ class Record:
         random = gather({"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if cuda else {}))
         if rank() == 0:
             place = {"stage": self.stage, "step": step, "seconds": self.seconds, "settings": settings(self.args)}
-            place |= {"rows": self.rows, "log_bytes": (self.out / "log.jsonl").stat().st_size}
+            place |= {"rows": self.rows, "data": self.data, "log_bytes": (self.out / "log.jsonl").stat().st_size}
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
             save(self.out / "checkpoint.pt", place | state)
 
@@ -766,8 +786,16 @@ def write_whole(path, write):
     try:
         with open(part, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
-    except RuntimeError as error:  # torch.save turns a failed write into one
+        if hasattr(os, "O_DIRECTORY"):  # the new name, too, is to outlive a loss of power
+            folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except RuntimeError as error:  # torch.save turns whatever ends a write into one
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         reason = error.__context__ if isinstance(error.__context__, OSError) else "the disk may be full"
         raise InputError(f"cannot write {path} ({reason}); free some space, then add --resume") from None
     finally:
@@ -834,8 +862,24 @@ def load_run(path, stage=2, task=None):
         else:
             model = dact.DactBert(model, num_classes)
     with data.reading(path, "its weights do not fit its own config; name another run"):
+        check_state(state, model)
         model.load_state_dict(state, assign=True)
     return Saved(model, tokenizer, name, max_tokens, task)
+
+
+def check_state(state, model):
+    """Raise ValueError unless a state dict has tensors of the very kinds that the model's own are of."""
+    wanted = model.state_dict()
+    if state.keys() != wanted.keys():
+        raise ValueError(f"other tensors, such as {min(state.keys() ^ wanted.keys())}")
+    for name, tensor in wanted.items():
+        check_like(tensor, state[name], name=name)
+
+
+def check_like(tensor, *others, name="a tensor"):
+    for other in others:
+        if (other.shape, other.dtype, other.layout) != (tensor.shape, tensor.dtype, tensor.layout):
+            raise ValueError(f"{name} is {other.dtype} {tuple(other.shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def interrupt(*_):
@@ -845,4 +889,5 @@ def interrupt(*_):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="replace")  # a console that has no ▁ shows ? and goes on
     sys.exit(main())

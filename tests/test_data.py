@@ -116,6 +116,12 @@ def test_a_passing_failure_is_retried(server, tmp_path, failure):
     assert resumed_at(server) > 0 if failure == "truncate" else server.seen[1][1] is None
 
 
+def test_a_web_page_is_no_file(server, tmp_path):
+    """Which some networks answer to everything, with status 200."""
+    server.files["/file"] = b"<!DOCTYPE html><title>Log in</title>"
+    refuse_download(server, tmp_path / "file", "a web page came in its place")
+
+
 def test_a_later_run_resumes(server, tmp_path):
     server.behave["/file"] = ["truncate"] + ["drop"] * 3
     refuse_download(server, tmp_path / "file", "connection failed")

@@ -1,5 +1,6 @@
 """train.py end to end on small things: what a run leaves, what it says, and what it refuses."""
 
+import copy
 import json
 import math
 import os
@@ -228,6 +229,24 @@ def test_explain_says_which_words_are_unknown(toy_run, capsys):
     assert "no word of this text" in fails(capsys, "--out", toy_run, "--explain", "quantum chromodynamics")
 
 
+def test_explain_takes_bytes_that_are_no_text(toy_run, capsys):
+    assert train.main(["--out", str(toy_run), "--explain", "the tea was \udcff lovely"]) == 0
+    assert "[UNK]" in capsys.readouterr().out
+
+
+def test_stage_1_of_another_model(toy_run, tmp_path, capsys):
+    error = fails(capsys, "--stage1", toy_run / "stage1.pt", "--model", "bert-tiny", "--out", tmp_path)
+    assert "trained from toy (from scratch), not from bert-tiny" in error
+
+
+def test_memory_that_is_full(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "fit", full)
+    assert "memory is full; try a smaller --batch" in fails(capsys, "--out", tmp_path)
+
+
 def test_glue_task_with_a_pretrained_model(tmp_path, capsys):
     model, folder = write_google(tmp_path / "model", google_arrays()), tmp_path / "glue"
     write_glue(folder, "RTE")
@@ -415,6 +434,52 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_interruption_inside_a_write_is_one(tmp_path, capsys, monkeypatch):
+    """torch.save makes a RuntimeError of it, as of a full disk."""
+
+    def interrupted(content, file):
+        file.write(b"half")
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904, as torch does
+
+    monkeypatch.setattr(train.torch, "save", interrupted)
+    assert train.main(["--epochs", "0.1", "--batch", "512", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith("interrupted") and [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    tmp_path.joinpath("run").mkdir()
+    handle = data.lock(tmp_path / "run")
+    assert "in use by another run" in fails(capsys, "--epochs", "0.1", "--out", tmp_path / "run")
+    os.close(handle)
+    assert train.main(["--epochs", "0.1", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_resuming_on_other_data(tmp_path, capsys, monkeypatch):
+    make = data.toy_examples
+    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
+    monkeypatch.setattr(train, "without_dropout", lambda backbone: (_ for _ in ()).throw(KeyboardInterrupt))  # after stage 1
+    assert train.main(toy_argv(tmp_path)) == 130
+    capsys.readouterr()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    for broken in (lambda x: x[:-1], lambda x: 5):  # moments that are not the parameter's
+        moments = copy.deepcopy(checkpoint["optimizer"])
+        moments["state"][0]["exp_avg"] = broken(moments["state"][0]["exp_avg"])
+        torch.save(checkpoint | {"optimizer": moments}, tmp_path / "checkpoint.pt")
+        assert "of another model or machine" in fails(capsys, *toy_argv(tmp_path), "--resume")
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed + 5))
+    assert "was on other data" in fails(capsys, *toy_argv(tmp_path), "--resume")
+
+
+def test_an_infinite_gradient_ends_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    assert "stage 1: the norm of the gradient is nan at step 1" in fails(capsys, "--epochs", "0.5", "--out", tmp_path)
+    assert not (tmp_path / "stage1.pt").exists()
+
+
 def test_an_infinite_loss_ends_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.F, "cross_entropy", lambda logits, labels: logits.sum() * float("inf"))
     error = fails(capsys, "--epochs", "0.5", "--out", tmp_path)
@@ -503,6 +568,10 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     for broken in (*numbers, {"config": {}}, {"state": {}}, {"state": 5}, {"state": {"heads.0.scale.mean": 5}}):
         torch.save(saved | broken, tmp_path / "dact.pt")
         assert "dact.pt: " in fails(capsys, "--out", tmp_path, "--explain", "x")
+    name, weight = "backbone.blocks.0.up.weight", saved["state"]["backbone.blocks.0.up.weight"]
+    for other in (weight.double(), weight[:-1], weight.to_sparse(), 5, None):
+        torch.save(saved | {"state": saved["state"] | {name: other}}, tmp_path / "dact.pt")
+        assert "do not fit its own config" in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({name: saved[name] for name in saved.keys() - {"config"}}, tmp_path / "dact.pt")
     assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({name: saved[name] for name in saved.keys() - {"heads"}}, tmp_path / "dact.pt")
@@ -530,7 +599,7 @@ def test_nothing_that_is_loaded_can_run_code(tmp_path):
 def test_resume_wins_over_overwrite(tmp_path):
     """For the advice after Ctrl-C is "the same command with --resume", and that command may have held --overwrite."""
     args = train.parse_arguments(["--out", str(tmp_path), "--overwrite", "--resume", "--precision", "float32"])
-    train.Record(args).begin()
+    args.device, args.precision, _ = train.pick_hardware("float32")
     checkpoint = {"settings": train.settings(args), "stage": "stage 1", "step": 64, "seconds": {"stage 1": 1.0}}
     train.save(tmp_path / "checkpoint.pt", checkpoint)
     assert train.find_checkpoint(args) == checkpoint
@@ -574,13 +643,15 @@ def test_a_folder_that_holds_a_run(toy_run, tmp_path, capsys):
     assert (tmp_path / "stage1.pt").read_bytes() == before["stage1.pt"] and (tmp_path / "metrics.json").exists()
 
 
-def test_a_checkpoint_that_is_none(toy_run, tmp_path, capsys):
+def test_a_checkpoint_that_is_none(toy_run, tmp_path, capsys, monkeypatch):
     argv = ["--epochs", "1", "--precision", "float32", "--out", tmp_path, "--resume"]
     settings = json.loads((toy_run / "log.jsonl").read_text().splitlines()[0])["settings"]
     for content in (torch.zeros(3), {"stage": "stage 1"}):
         torch.save(content, tmp_path / "checkpoint.pt")
         assert "cannot be read" in fails(capsys, *argv)
-    other = {"settings": settings, "stage": "stage 1", "step": 3, "seconds": {}, "log_bytes": 0, "model": {}, "optimizer": {}}
+    monkeypatch.setattr(train.zlib, "crc32", lambda content: 7)
+    other = {"settings": settings, "data": [7, 7], "stage": "stage 1", "step": 3, "seconds": {}, "log_bytes": 0}
+    other |= {"model": {}, "optimizer": {}}
     torch.save(other, tmp_path / "checkpoint.pt")
     assert "of another model or machine" in fails(capsys, *argv)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
