@@ -704,6 +704,8 @@ class Record:
         """A stage begins, or goes on where the checkpoint has it: the steps done."""
         self.stage, self.steps, self.done, self.values, self.rows = stage, steps, 0, [], torch.empty(0, 4)
         saved, path = self.checkpoint, self.out / "checkpoint.pt"
+        if rank() == 0:
+            (self.out / "log.jsonl").touch()
         if saved and saved["stage"] == stage:
             with data.reading(path, "it is of another model or machine; start again with --overwrite"):
                 check_state(saved["model"], model)

@@ -181,13 +181,18 @@ def test_histograms_of_figure_5_are_the_rules_own(run):
         counted[form] = [(first == n).sum().item() for n in range(6)]
         assert exits[form] == counted[form]
     assert counted["DACT, rule (4)"] != counted["DACT, exact rule"]
+    groups = figure5.measure(run, []).groups
+    assert groups.keys() == {"level 1", "level 2", "level 3"}
+    assert [sum(counts) for counts in zip(*groups.values())] == counted["DACT, rule (4)"]
 
 
 def test_figure_5_draws_and_prints_what_it_measured():
     exits = {"DACT, rule (4)": [0, 30, 10], "DeeBERT, S = 0.5": [25, 0, 15]}
-    panel = figure5.Panel("toy: 40 dev examples", exits, {form: {"accuracy": 62.5} for form in exits})
-    heights = [bar.get_height() for bar in figure5.draw([panel]).axes[0].patches]
-    assert heights == [0, 30, 10, 25, 0, 15]
+    groups = {"level 1": [0, 9, 1], "level 2": [0, 21, 9]}
+    panel = figure5.Panel("toy: 40 dev examples", exits, {form: {"accuracy": 62.5} for form in exits}, groups)
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure5.draw([panel]).axes]
+    assert heights == [[0, 30, 10, 25, 0, 15], [0, 9, 1, 0, 21, 9]]
+    assert len(figure5.draw([panel._replace(groups={})]).axes) == 1
     rows = [line.split() for line in figure5.table(panel).splitlines()]
     # (2 * 30 + 3 * 10) / 40 = 2.25 and (25 + 3 * 15) / 40 = 1.75
     assert rows[2][-5:] == ["0", "30", "10", "2.25", "62.5%"]
