@@ -5,8 +5,9 @@ the classes, and "I want to go on with probability h_n". The answers are folded 
 with the weight that is left to it (2). Training lets all N blocks speak and asks for a right a_N at a low price (3).
 Inference stops after the first block at which no later block can change the winner (4).
 
-This file imports torch alone and never BERT: any backbone will do that has an embedding step `embed(*inputs)`, a list
-`blocks` of modules called as `block(hidden, mask)`, and a `hidden_size`.
+This file imports torch alone and never BERT. Any backbone will do that has a `hidden_size`, an embedding step `embed`, which
+takes all inputs but the last, and a list `blocks` of modules called as `block(hidden, mask)`. The last input is the mask
+(B, T), True on real tokens, padded on the right. The first token is [CLS].
 Where the paper is silent and we picked stands `CHOICE:`, where we depart from it `DIFFERS:`.
 
 The symbols are the paper's; n is the block just run, from 1, and N the number of blocks.
@@ -42,7 +43,7 @@ def accumulate(y_n, h_n, a, p):
 
 
 def start(y_n):
-    """a_0 = 0 and p_0 = 1, as an answer y_n (B, C). So a_1 = y_1, and every a_n sums to 1 although a_0 does not."""
+    """a_0 = 0 and p_0 = 1, shaped like y_n (B, C). So a_1 = y_1, and every a_n sums to 1 although a_0 does not."""
     return torch.zeros_like(y_n), torch.ones_like(y_n[:, 0])
 
 
@@ -57,19 +58,23 @@ def accumulate_all(y, h):
 # ---- Equation (3): the loss -----------------------------------------------------------------------------------------
 
 
+def answer_loss(a, label):
+    """L(x, y): the negative log of the probability that distributions a (B, C) give to the labels (B,), a mean in nats."""
+    # a is a distribution already. Cross-entropy on it would take a second softmax, and the loss could never reach 0.
+    of_label = a.gather(1, label[:, None])  # Pr(label) in a                                              (B, 1)
+    return -of_label.clamp(min=1e-8).log().mean()  # away from 0: log(0) would end the training in NaN
+
+
 def dact_loss(a_N, h, label, tau):
-    """The loss of stage 2, equation (3), in its two terms, each a mean over the batch: (answer, price) in nats.
+    """The loss of stage 2, equation (3), in the two terms that it is the sum of, (answer, price), in nats.
 
     paper       here        shape         meaning
-    L(x, y)     a_N, label  (B, C), (B,)  negative log of the probability that a_N gives to the label
+    L(x, y)     a_N, label  (B, C), (B,)  see `answer_loss`
     h_1 .. h_N  h           (N, B)        halting values of all blocks
     τ           tau         float         the price of a block in nats; 5e-3 in the paper
     """
-    # a_N is a distribution already. Cross-entropy on it would take a second softmax, and the loss could never reach 0.
-    of_label = a_N.gather(1, label[:, None])  # Pr(label) in a_N                                          (B, 1)
-    answer = -of_label.clamp(min=1e-8).log().mean()  # away from 0: log(0) would end the training in NaN
-    # DIFFERS: (3) sums to n; in training every block runs, so n = N. h_N weighs nothing in a_N: it has only its price.
-    return answer, tau * h.sum(0).mean()  # (3)  L(x, y), τ Σ hᵢ
+    # DIFFERS: (3) sums to the exit; in training every block runs, so to N. h_N weighs nothing in a_N, so it only costs.
+    return answer_loss(a_N, label), tau * h.sum(0).mean()  # (3)  L(x, y) + τ Σ hᵢ
 
 
 # ---- Equation (4): when no later block can change the winner --------------------------------------------------------
@@ -99,7 +104,7 @@ def exact_rule(a, p, d):
     Let D_n >= 0 be the winner's lead over another class in a_n. By (1), one more block with answers y gives
         D_{n+1} = D_n (1 - p_n) + p_n (y[winner] - y[other]) >= D_n (1 - p_n) - p_n,
     that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later 1 + D_N >= (1 + D_n) (1 - p_n)^d.
-    Safe: if that is at least 1, no class overtakes the winner. (A tie takes a later y[other] = 1; a softmax is below.)
+    Safe: if that is at least 1, no class overtakes the winner. (Only y[other] = 1 makes a tie; a softmax stays below 1.)
     Exact: with h = 1 and y = all on the runner-up in every later block each step is an equality, so if it is below 1
     there is a future in which the winner falls.
 
@@ -190,7 +195,7 @@ class DactBert(nn.Module):
         self.heads = nn.ModuleList(DactModule(backbone.hidden_size, num_classes) for _ in backbone.blocks)
 
     def forward(self, *inputs):
-        """Training: all N blocks answer. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
+        """All N blocks answer, as in training. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
         outputs = [head(cls) for head, cls in zip(self.heads, cls_after_blocks(self.backbone, inputs))]
         return tuple(torch.stack(column) for column in zip(*outputs))
 
@@ -202,7 +207,7 @@ class DactBert(nn.Module):
 
         def step(n, cls, state):
             y_n, h_n = self.heads[n - 1](cls)
-            a, p = accumulate(y_n, h_n, *(state or start(y_n)))
+            a, p = accumulate(y_n, h_n, *(state or start(y_n)))  # no state before block 1
             left, right = rule(a, p, len(self.heads) - n)
             return a, left >= right, (a, p)
 
@@ -243,7 +248,7 @@ def early_exit(backbone, inputs, step):
             answers = torch.zeros_like(answer)
         # Every survivor writes its answer; those that leave now write no more, so this is where they exit.
         answers[alive] = answer
-        exit_block.index_fill_(0, alive, n)
+        exit_block.index_fill_(0, alive, n)  # not `[alive] = n`, which would bring n from the CPU
         if n == len(backbone.blocks):  # the last block always answers
             break
         keep = (~halt).cpu().nonzero().squeeze(1)  # the one wait of a block for its result

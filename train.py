@@ -40,11 +40,18 @@ from data import InputError
 
 SCRATCH = "toy (from scratch)"  # the name of the model that the toy task has of its own
 TOY_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *data.TOY_WORDS]
-# One head: a block cannot gather all that a sentence of level 3 turns on. Size, blocks, heads, feed-forward, positions.
-TOY_CONFIG = bert.BertConfig(len(TOY_VOCAB), 64, 6, 1, 128, 32)
+TOY_CONFIG = bert.BertConfig(
+    vocab_size=len(TOY_VOCAB),
+    hidden_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=1,  # with one head a block cannot gather all that a sentence of level 3 turns on
+    intermediate_size=128,
+    max_position_embeddings=32,
+)
 # (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing
 DEFAULTS = {"epochs": (3, 16), "batch": (32, 64), "lr": (5e-5, 4e-4), "tau": (0.035, 0.05), "head_loss": (1.0, 0.3)}
 PRECISIONS = ("float32", "bfloat16")
+RULE_NAMES = {"paper": "rule (4)", "exact": "exact rule"}  # on the screen; the names on the left are --rule's
 
 
 # ---- A run ----------------------------------------------------------------------------------------------------------
@@ -52,32 +59,36 @@ PRECISIONS = ("float32", "bfloat16")
 
 def run(args):
     """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out."""
+    join_processes()
     args.device, args.precision, why = pick_hardware(args.precision)
     record = Record(args, find_checkpoint(args))
     torch.manual_seed(args.seed)
     stage1, tokenizer, name = starting_model(args, args.out / "stage1.pt" if record.stage_1_is_done else args.stage1)
     max_tokens, pad_id = min(args.max_tokens, stage1.bert.config.max_tokens), stage1.bert.config.pad_token_id
-    train, dev = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data))
+    splits = data.load_task(args.task, args.data)
+    train_set, dev_set = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in splits)
     print(f"device     {args.device}, {args.precision} ({why})" + f", {num_processes()} processes" * (num_processes() > 1))
     print(f"model      {name}, {sum(p.numel() for p in stage1.parameters()) / 1e6:.1f} M parameters")
-    print(f"task       {args.task}, {len(train)} training and {len(dev)} dev examples, seed {args.seed}")
+    print(f"task       {args.task}, {len(train_set)} training and {len(dev_set)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in VERSIONS.items()))
-    record.begin(train, dev)
+    record.begin(train_set, dev_set)
 
     stage1.to(args.device)
     if not record.stage_1_is_done:
         if args.stage1 is None:
-            fit("stage 1", stage1.train(), stage1_loss, train, args, record)
+            fit("stage 1", stage1.train(), stage1_loss, train_set, args, record)
         save_model(args.out / "stage1.pt", stage1, stage1.bert, tokenizer, name, max_tokens, args.task)
 
     torch.manual_seed(args.seed)  # stage 2 is the same whether stage 1 ran before it or was read from a file
     adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
     without_dropout(adaptive.backbone)
-    fit("stage 2", adaptive.train(), stage2_loss(args.tau, args.head_loss), train, args, record)
-    learn_halting(adaptive, args.tau, Vectors(adaptive.backbone, train, args, most=20_000), args, record)
+    fit("stage 2", adaptive.train(), stage2_loss(args.tau, args.head_loss), train_set, args, record)
+    # CHOICE: 20,000 examples at most. Their vectors, which take 4 N D bytes each, fit into memory, and halting learns on them.
+    vectors = Vectors(adaptive.backbone, train_set, args, most=20_000)
+    learn_halting(adaptive, args.tau, vectors, args, record)
     save_model(args.out / "dact.pt", adaptive, adaptive.backbone, tokenizer, name, max_tokens, args.task)
 
-    results = evaluate(stage1.eval(), adaptive.eval(), train, dev, args)
+    results = evaluate(stage1.eval(), adaptive.eval(), train_set, dev_set, args)
     report(results, args)
     record.finish(results, name)
     print(f"saved      {args.out}/dact.pt and metrics.json")
@@ -117,11 +128,11 @@ def stage2_loss(tau, head_loss=0.0):
         y, h = model(*inputs)
         a, _ = dact.accumulate_all(y, h)
         answer, price = dact.dact_loss(a[-1], h, labels, tau)
-        total = answer + price
+        total = answer + price  # (3)
         if head_loss:
             # DIFFERS: (3) judges a_N alone, so a head learns in proportion to its weight in a_N, and those after a closed
             # gate not at all. Here every head also sees the label: the mean over n of L(y_n, label).
-            total = total + head_loss * dact.dact_loss(y.flatten(0, 1), h, labels.repeat(len(y)), tau)[0]
+            total = total + head_loss * dact.answer_loss(y.flatten(0, 1), labels.repeat(len(y)))
         return total, price, h.mean()
 
     return loss
@@ -136,18 +147,18 @@ def without_dropout(backbone):
             module.p = 0.0
 
 
-def fit(stage, model, loss_of, train, args, record):
+def fit(stage, model, loss_of, train_set, args, record, checkpoints=True):
     """Train `model` in place, in its mode (train or eval), for args.epochs; `record` shows, logs and keeps how it goes."""
     torch.manual_seed(args.seed + rank())  # each process has a dropout of its own
-    per_epoch = -(-len(train) // args.batch)
+    per_epoch = -(-len(train_set) // args.batch)
     steps = max(1, round(args.epochs * per_epoch))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     step = record.start(stage, steps, model, optimizer)  # more than 0 after an interruption
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # the same weights, shared gradients
     while step < steps:
-        for indices in data.training_batches(train.lengths, args.batch, (args.seed, step // per_epoch)):
+        for indices in data.training_batches(train_set.lengths, args.batch, (args.seed, step // per_epoch)):
             step += 1
-            inputs, labels, weight = my_rows(train, indices, args.device)
+            inputs, labels, weight = my_rows(train_set, indices, args.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * warm_up_and_decay(step, steps)
             with autocast(args):
@@ -157,10 +168,10 @@ def fit(stage, model, loss_of, train, args, record):
             optimizer.step()
             optimizer.zero_grad()
             values = torch.stack([loss * weight, price * weight, mean_h * weight, norm]).detach()
-            record.add(step, values, len(train) / per_epoch)
+            record.add(step, values, len(train_set) / per_epoch)
             if step == steps:
                 break
-        if isinstance(train, data.Dataset):  # a stage over vectors takes seconds, and would start again
+        if checkpoints:
             record.save_checkpoint(step, model, optimizer)
     if dist.is_initialized():
         for buffer in model.buffers():  # what the last step observed differs between processes
@@ -186,7 +197,7 @@ def warm_up_and_decay(step, steps):
 def learn_halting(model, tau, vectors, args, record):
     """Stage 2 goes on: the halting units of a `DactBert` learn once more by (3), alone, from where they started.
 
-    vectors: `Vectors` of its backbone over the training set.
+    vectors: `Vectors` of its backbone over the training set. All else of its heads is frozen, and stays so.
     """
     # CHOICE: while the answers still change, halting follows them badly: it settles on one or two blocks for all inputs.
     # Learned anew with everything else as it is now, it depends on the input. On vectors that are computed once this
@@ -198,7 +209,7 @@ def learn_halting(model, tau, vectors, args, record):
         head.reset_halting()
     for name, parameter in alone.named_parameters():
         parameter.requires_grad_(".halt." in name)
-    fit("halting", alone, stage2_loss(tau), vectors, args, record)
+    fit("halting", alone, stage2_loss(tau), vectors, args, record, checkpoints=False)  # it takes seconds
 
 
 class Vectors:
@@ -235,7 +246,7 @@ class VectorBackbone(torch.nn.Module):
         self.hidden_size, self.blocks = size, [lambda cls, mask: cls.roll(-1, 1)] * N
 
     def embed(self, cls):
-        return cls.roll(1, 1)
+        return cls.roll(1, 1)  # which block 1 undoes
 
 
 def over_vectors(model):
@@ -260,10 +271,10 @@ class Predictions(NamedTuple):
     exit_block: torch.Tensor  # (n,) int64, from 1
 
 
-def evaluate(stage1, adaptive, train, dev, args):
+def evaluate(stage1, adaptive, train_set, dev, args):
     """The scores of every variant of the model on the dev set, and the times of two, as metrics.json keeps them."""
     N, task = len(adaptive.backbone.blocks), args.task
-    untrained = copy.deepcopy(adaptive, {id(adaptive.backbone): adaptive.backbone})  # all but the backbone itself
+    untrained = replaced(adaptive, heads=copy.deepcopy(adaptive.heads))
     for head in untrained.heads:
         head.reset_halting()
     variants = {
@@ -278,7 +289,7 @@ def evaluate(stage1, adaptive, train, dev, args):
     for rule in dact.RULES:
         found[rule]["same_as_all_blocks"] = (predictions[rule].labels == winner).sum().item()
         found[rule]["by_chance"] = by_chance(y.argmax(-1), predictions[rule].exit_block, dev.labels, task)
-    majority = torch.full_like(dev.labels, train.labels.mode().values.item())
+    majority = torch.full_like(dev.labels, train_set.labels.mode().values.item())
     timed = {"dev_full": variants["stage 1"], "dev_early_exit": variants[args.rule]}
     return {
         "majority": scores(majority, dev.labels, task),
@@ -351,7 +362,8 @@ def blocks_used(exit_block, N):
 def by_chance(answers, exit_block, labels, task, deals=200):
     """`scores` if chance dealt the same exits out among the examples; what is beyond them, the choice of who leaves won.
 
-    answers (N, n): the class that each block's y_n gives; exit_block (n,), from 1. The mean of so many deals.
+    answers (N, n): the class that each block's y_n gives (not a_n, which holds what h made of the example before); exit_block
+    (n,), from 1. The mean of so many deals.
     """
     generator, n = torch.Generator().manual_seed(0), len(exit_block)
     dealt = [exit_block[torch.randperm(n, generator=generator)] for _ in range(deals)]
@@ -399,9 +411,6 @@ def report(results, args):
         print(f"{name:<12}stage 1 {full:5.1f}%   DACT {early:5.1f}%   mean blocks {group['mean_blocks']:.2f}")
 
 
-RULE_NAMES = {"paper": "rule (4)", "exact": "exact rule"}  # on the screen
-
-
 # ---- The equations at work on one sentence --------------------------------------------------------------------------
 
 
@@ -416,7 +425,7 @@ def explain(args):
     inputs = saved.encode([texts[0] if wanted == 1 else tuple(texts)])
     tokens = [saved.tokenizer.id_to_token(i) for i in inputs[0][0].tolist()]
     print("tokens: " + " ".join(tokens))
-    unknown, frame = tokens.count("[UNK]"), len(saved.tokenizer.encode("").ids) + wanted - 1
+    unknown, frame = tokens.count("[UNK]"), len(saved.tokenizer.encode("", "" if wanted > 1 else None).ids)
     if unknown:
         print(f"[UNK]: {unknown} of {len(tokens) - frame} words that this vocabulary does not have")
     if unknown + frame == len(tokens):
@@ -452,9 +461,10 @@ def decimals(tensor):
 
 def submit(args):
     """Write FOLDER/<task>.tsv: a finished run's answers by early exit, a line (index, label word) per test example."""
+    join_processes()
     args.device, args.precision, _ = pick_hardware(args.precision)
+    model, tokenizer, _, max_tokens, _ = load_run(args.out / "dact.pt", 2, args.task)  # before anything is downloaded
     examples = data.load_test(args.task, args.data)
-    model, tokenizer, _, max_tokens, _ = load_run(args.out / "dact.pt", 2, args.task)
     model.to(args.device).eval()
     test = data.Dataset(examples, tokenizer, max_tokens, model.backbone.config.pad_token_id)
     labels, exit_block = predict(partial(model.early_exit, rule=dact.RULES[args.rule]), test, args)
@@ -472,6 +482,7 @@ def submit(args):
 
 
 def main(argv=None):
+    action = run
     try:
         args = parse_arguments(argv)
         action = explain if args.explain is not None else submit if args.submit is not None else run
@@ -483,7 +494,8 @@ def main(argv=None):
         print("error: the memory is full; try a smaller --batch or --max-tokens", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        more = "; the same command with --resume goes on after the last finished epoch" if action is run else ""
+        print(f"interrupted{more}", file=sys.stderr)
         return 130
     return 0
 
@@ -548,9 +560,8 @@ def number(kind, low, high):
 def pick_hardware(asked=None):
     """(device, precision, why): the best device there is, and bfloat16 where it multiplies it natively, and so faster.
 
-    asked: "float32", "bfloat16" or None. Under torchrun, this process joins the others.
+    asked: "float32", "bfloat16" or None.
     """
-    join_processes()
     cuda, flags = torch.cuda.is_available(), set()
     # The processes of torchrun cannot exchange gradients from mps.
     mps = torch.backends.mps.is_available() and not dist.is_initialized()
@@ -651,37 +662,42 @@ def find_checkpoint(args):
     if not held or (args.overwrite and not args.resume):
         return None
     if "metrics.json" in held:
-        raise InputError(f"{args.out} holds a finished run; choose another --out, or start again with --overwrite")
+        what = "choose another --out, or start again with --overwrite and without --resume"
+        raise InputError(f"{args.out} holds a finished run; {what}")
     if not args.resume:
-        raise InputError(f"{args.out} holds an unfinished run; go on with --resume, or choose another --out")
+        what = "go on with --resume, choose another --out, or start again with --overwrite"
+        raise InputError(f"{args.out} holds an unfinished run; {what}")
     if "checkpoint.pt" not in held:
         return None
     path, wanted = args.out / "checkpoint.pt", settings(args)
     checkpoint = bert.load_pickle(path)
     with data.reading(path, "start again with --overwrite"):
         checkpoint = dict(checkpoint)
-        found, _ = dict(checkpoint["settings"]), dict(checkpoint["seconds"])
+        found, checkpoint["seconds"] = dict(checkpoint["settings"]), dict(checkpoint["seconds"])
         place = checkpoint["stage"], checkpoint["step"]
     for name, value in wanted.items():
         if found.get(name) != value:
             was = f"{args.out}: its run has {name} {found.get(name)!r}, not {value!r}"
-            raise InputError(f"{was}; ask for the same, or choose another --out")
+            raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
     if len(set(gather(place))) > 1:
         raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
     return checkpoint
 
 
 class Record:
-    """How a run goes: on the screen, in log.jsonl and checkpoint.pt, and at its end in metrics.json. lines: of a stage."""
+    """How a run goes: on the screen, in log.jsonl and checkpoint.pt, and at its end in metrics.json.
+
+    lines: how many a stage shows and logs.
+    """
 
     def __init__(self, args, checkpoint=None, lines=20):
         self.args, self.out, self.checkpoint, self.lines = args, args.out, checkpoint, lines
-        self.data = None  # a sum of what is trained on, where it matters
+        self.data = None  # checksums of what is trained on; what is trained beside a run (paper/) has none
         self.stage_1_is_done = checkpoint is not None and checkpoint["stage"] == "stage 2"  # and left its file
         self.seconds = checkpoint["seconds"] if checkpoint else {"stage 1": 0.0}
 
     def begin(self, train, dev):
-        """Make args.out the folder of this run alone: nothing of an earlier one in it, and the settings in its log."""
+        """Make args.out the folder of this run alone: none of an earlier run's RUN_FILES in it, and the settings in its log."""
         self.data = [zlib.crc32(torch.cat([*part.input_ids, part.labels]).numpy().tobytes()) for part in (train, dev)]
         if self.checkpoint and self.checkpoint.get("data") != self.data:
             raise InputError(f"{self.out}: its run was on other data; give the same, or choose another --out")
@@ -739,13 +755,10 @@ class Record:
         self.seconds[self.stage] = self.earlier + time.perf_counter() - self.began
         bad = (~self.rows[:, [0, 3]].isfinite()).nonzero()
         if len(bad):
-            (row, column), last = bad[0].tolist(), self.out / "checkpoint.pt"
+            row, column = bad[0].tolist()
             what = f"the {('loss', 'norm of the gradient')[column]} is {self.rows[row, 3 * column]}"
-            step += 1 + row - len(self.rows)
-            rate = self.args.lr * warm_up_and_decay(step, self.steps)
-            sound = f"the last sound state is {last}" if last.is_file() else "no epoch was finished"
-            where = f"{self.stage}: {what} at step {step}, learning rate {rate:.2g}"
-            raise InputError(f"{where}; start again with a smaller --lr ({sound})")
+            step -= len(self.rows) - 1 - row  # the last row is this step's
+            raise InputError(f"{self.stage}: {what} at step {step}; add --overwrite and a smaller --lr or --head-lr")
 
     def show(self, step, loss, price, mean_h, speed, examples):
         """A line in the log and one on the screen, which on a terminal overwrites itself. speed: steps a second."""
@@ -808,13 +821,13 @@ def save(path, content):
     write_whole(path, lambda file: torch.save(content, file))
 
 
-HEADS = {1: "classifier on the last block", 2: "figure 1, halting with a layer of its own"}  # of a file of each stage
+HEADS = "figure 1, halting with a layer of its own"  # what a dact.pt holds; one of other heads cannot be read
 
 
 def save_model(path, model, backbone, tokenizer, name, max_tokens, task):
     """Write stage1.pt or dact.pt: all that `load_run` needs."""
     stage = 2 if isinstance(model, dact.DactBert) else 1
-    save(path, {"task": task, "stage": stage, "heads": HEADS[stage], "model": name, "max_tokens": max_tokens,
+    save(path, {"task": task, "stage": stage, "heads": HEADS, "model": name, "max_tokens": max_tokens,
                 "config": asdict(backbone.config), "tokenizer": tokenizer.to_str(), "state": model.state_dict()})  # fmt: skip
 
 
@@ -851,7 +864,7 @@ def load_run(path, stage=2, task=None):
     if found != (task, stage):
         wanted = f"expected stage {stage} on {task!r}"
         raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, {wanted}; name another one")
-    if stage == 2 and saved.get("heads") != HEADS[stage]:
+    if stage == 2 and saved.get("heads") != HEADS:
         raise InputError(f"{path}: written by a version of dact-bert that had other heads; train again")
     config = bert.BertConfig.from_dict(config, str(path))
     if type(max_tokens) is not int or not 1 <= max_tokens <= config.max_tokens:
@@ -885,7 +898,7 @@ def check_like(tensor, *others, name="a tensor"):
 
 
 def interrupt(*_):
-    """What SIGTERM does: the same as Ctrl-C, also in a background job, which ignores that."""
+    """What SIGTERM does: the same as Ctrl-C, which a job in the background ignores."""
     raise KeyboardInterrupt
 
 

@@ -274,7 +274,8 @@ def ramps(run, vectors, loss, name):
 
     def train_them(args, record):
         exits.heads.train()[-1].eval().requires_grad_(False)
-        train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record)
+        train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record,
+                  checkpoints=False)  # fmt: skip
 
     train_or_load(run, name, exits.heads, train_them)
     return exits.eval()
@@ -402,7 +403,7 @@ def learned_entropy_dact(run, exits, vectors, tied, S):
     def train_it(args, record):
         # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
         args.epochs, args.head_lr = 10 * args.epochs, 5e-2
-        train.fit(name, train.over_vectors(model), train.stage2_loss(args.tau), vectors(), args, record)
+        train.fit(name, train.over_vectors(model), train.stage2_loss(args.tau), vectors(), args, record, checkpoints=False)
 
     train_or_load(run, name, model.heads, train_it)
     return model.eval()

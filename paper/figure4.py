@@ -4,7 +4,7 @@
 
 Above, a row for each block: Integrated Gradients of its halting neuron before the sigmoid (+ goes on, - halts). Below,
 those of the answer at the exit, as in figure 3. On the right Layer Conductance: what each block added to log p_n, the
-weight left at the exit n, whose fall makes (4) halt. By default the first dev example that is answered right.
+weight left at the exit n, whose fall makes (4) halt. By default the first dev example that is answered right, of the hardest level if there are levels.
 Prints the neurons of the [CLS] vector with the largest share. Leaves figure4.png in the run's folder.
 """
 
@@ -33,7 +33,7 @@ def main(argv):
             h = run.dact(*attributions.inputs_of(run, i))[1][:, 0].tolist()
         answer = f"{run.labels[label]!r} with {halted.a[0, label]:.3f} after block {n} of {len(h)}"
         print(f"example {i}: label {run.labels[run.dev.labels[i]]!r}; DACT-BERT: {answer}")
-        for name, found in (("halting", halting), ("output", [output]), ("conductance", [conductance])):
+        for name, found in (("halting", halting), ("answer", [output]), ("conductance", [conductance])):
             print(f"{name:<12}{attributions.described(run, found)}")
         print_neurons(conductance, h)
         draw(run, i, h, answer, (halting, output, conductance), run.folder / "figure4.png")
@@ -41,7 +41,7 @@ def main(argv):
 
 
 def first_right(run):
-    """The first dev example that DACT answers right."""
+    """The first dev example that DACT answers right, of the last group where there are groups."""
     for i in attributions.hardest_first(run):
         if dact_answer(run, i).label.item() == run.dev.labels[i]:
             return i

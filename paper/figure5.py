@@ -39,11 +39,11 @@ def measure(run, thresholds):
     for S in thresholds:
         variants[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
     N, exits, scores, groups = len(run.dact.backbone.blocks), {}, {}, {}
-    for name, variant in variants.items():
-        labels, exit_block = train.predict(variant, run.dev, run.args)
+    predictions = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
+    for name, (labels, exit_block) in predictions.items():
         exits[name] = train.blocks_used(exit_block, N)["exit_histogram"]
         scores[name] = train.scores(labels, run.dev.labels, run.args.task)
-    _, exit_block = train.predict(run.dact.early_exit, run.dev, run.args)
+    exit_block = predictions["DACT, rule (4)"].exit_block
     for group in dict.fromkeys(run.dev.groups):
         of_group = exit_block[[name == group for name in run.dev.groups]]
         groups[group] = train.blocks_used(of_group, N)["exit_histogram"]

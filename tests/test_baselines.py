@@ -167,7 +167,7 @@ def test_first_blocks_are_those_of_the_pretrained_model(tmp_path, task):
         assert train.main([str(word) for word in argv]) == 0
         run = baselines.open_run(tmp_path / "run", folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: None)
+        patch.setattr(train, "fit", lambda *args, **more: None)
         cut = baselines.first_blocks(run, 1)
     pretrained, _ = bert.load_pretrained(model, 2)
     assert len(cut.bert.blocks) == 1 and cut.bert.config.num_hidden_layers == 1
@@ -180,7 +180,7 @@ def test_precision(run, monkeypatch):
     (run.folder / "metrics.json").write_text(json.dumps(metrics))
     run, used = baselines.open_run(run.folder), {}
 
-    def fit(name, model, loss, dataset, args, record):
+    def fit(name, model, loss, dataset, args, record, checkpoints=True):
         used[name] = args.precision
         with train.autocast(args):
             assert model(*dataset.batch(np.arange(4))[0]).dtype == torch.float32 or name == "longer"
@@ -500,7 +500,7 @@ def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys, monkeyp
 
 
 def test_a_system_that_cannot_be_trained_names_no_flags_of_train(run, monkeypatch):
-    def fit(*_):
+    def fit(*_, **__):
         raise data.InputError("the loss is nan at step 3; start again with a smaller --lr")
 
     monkeypatch.setattr(train, "fit", fit)

@@ -484,9 +484,7 @@ def test_an_infinite_loss_ends_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.F, "cross_entropy", lambda logits, labels: logits.sum() * float("inf"))
     error = fails(capsys, "--epochs", "0.5", "--out", tmp_path)
     assert (
-        "stage 1: the loss is" in error
-        and "at step 1, learning rate 0.00013" in error
-        and "no epoch was finished" in error
+        "stage 1: the loss is" in error and "at step 1; add --overwrite and a smaller --lr" in error
     )
     assert not (tmp_path / "stage1.pt").exists()
 
@@ -526,7 +524,7 @@ def test_run_in_bfloat16_by_the_exact_rule(tmp_path):
 def test_unknown_task_and_model(tmp_path, capsys):
     assert "unknown task 'copa'" in fails(capsys, "--task", "copa", "--out", tmp_path)
     assert "STS-B is a regression" in fails(capsys, "--task", "sts-b", "--out", tmp_path)
-    assert "no test set" in fails(capsys, "--submit", tmp_path / "x", "--out", tmp_path)
+    assert "dact.pt: no such file" in fails(capsys, "--task", "rte", "--submit", tmp_path / "x", "--out", tmp_path)
     assert "unknown model 'bort'" in fails(capsys, "--task", "rte", "--model", "bort", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -561,6 +559,7 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "dact.pt")
     assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "a run on 'toy'" in fails(capsys, "--task", "rte", "--out", toy_run, "--explain", "x", "y")
+    assert "no test set" in fails(capsys, "--submit", tmp_path / "x", "--out", toy_run)
     assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
     assert "stage 2 of a run" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
     saved = torch.load(toy_run / "dact.pt")
