@@ -31,6 +31,13 @@ import train
 from data import InputError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_toy_sentences():
+    """An eighth of the toy task's: 512 to train on and 75 in the dev set. In this process; what is started has all."""
+    with small_toy_task(8):
+        yield
+
+
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     """A short run on the toy task: the folder."""
@@ -74,8 +81,8 @@ def test_a_run_leaves_its_four_files(toy_run):
     assert metrics["task"] == "toy" and metrics["tau"] == 0.05 and metrics["rule"] == "paper"
     assert {"accuracy", "saved", "mean_blocks", "exit_histogram"} <= metrics["dact"].keys()
     histogram = metrics["dact"]["exit_histogram"]
-    assert len(histogram) == 6 and sum(histogram) == 600
-    mean = sum((n + 1) * count for n, count in enumerate(histogram)) / 600
+    assert len(histogram) == 6 and sum(histogram) == 75
+    mean = sum((n + 1) * count for n, count in enumerate(histogram)) / 75
     assert metrics["dact"]["mean_blocks"] == pytest.approx(mean)
     assert metrics["dact"]["saved"] == pytest.approx(100 * (1 - mean / 6))
     assert {"stage1", "stage2", "halting", "dev_full", "dev_early_exit"} == metrics["seconds"].keys()
@@ -89,7 +96,7 @@ def test_a_run_leaves_its_four_files(toy_run):
 def test_early_exit_answered_as_all_blocks(toy_run):
     rules = json.loads((toy_run / "metrics.json").read_text())["rules"]
     assert rules.keys() == dact.RULES.keys()
-    assert all(rule["same_as_all_blocks"] == 600 for rule in rules.values())
+    assert all(rule["same_as_all_blocks"] == 75 for rule in rules.values())
     assert rules["exact"]["mean_blocks"] <= rules["paper"]["mean_blocks"]
 
 
@@ -143,8 +150,7 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch):
         seen[stage] = moved, before.keys(), rates
 
     monkeypatch.setattr(train, "fit", spy)
-    with small_toy_task(12):
-        short_toy_run(tmp_path / "run", 32)
+    short_toy_run(tmp_path / "run", 32)
     moved, names, rates = seen["stage 1"]
     assert moved == names and rates == {0.1}
     moved, names, rates = seen["stage 2"]
@@ -152,9 +158,9 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch):
     moved, names, _ = seen["halting"]
     assert moved == {name for name in names if ".halt." in name} and len(moved) == 24 < len(names)
     adaptive = train.load_run(tmp_path / "run" / "dact.pt", 2, "toy")[0]
-    assert all(head.scale.steps == 11 for head in adaptive.heads)
+    assert all(head.scale.steps == 16 for head in adaptive.heads)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["rules"]["exact"]["same_as_all_blocks"] == 50
+    assert metrics["rules"]["exact"]["same_as_all_blocks"] == 75
 
 
 def test_vectors_are_what_the_heads_read(toy_run):
@@ -358,14 +364,19 @@ def assert_same_run(first, second):
     assert not (second / "checkpoint.pt").exists() and (second / "metrics.json").exists()
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """An uninterrupted run: the folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main(toy_argv(folder)) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     "stage, step", [("stage 1", 3), ("stage 1", 8), ("stage 1", 11), ("stage 2", 1), ("stage 2", 16), ("halting", 10)]
 )
-def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, capsys, monkeypatch, stage, step):
+def test_a_resumed_run_ends_with_the_same_numbers(whole_run, tmp_path, capsys, monkeypatch, stage, step):
     """8 steps an epoch, 16 a stage: stopped before, between and after epochs."""
-    make = data.toy_examples
-    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
-    assert train.main(toy_argv(tmp_path / "whole")) == 0
     add = train.Record.add
 
     def stop(record, at_step, *rest):
@@ -380,14 +391,17 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(train.Record, "add", add)
     assert train.main([*toy_argv(tmp_path / "cut"), "--resume"]) == 0
     assert ("resumed    stage" in capsys.readouterr().out) == ((stage, step) not in [("stage 1", 3), ("stage 1", 8)])
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(whole_run, tmp_path / "cut")
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """SIGKILL, which no program can answer. DACT_KILLS: how often in all (once by default)."""
     kills, rng, run = int(os.environ.get("DACT_KILLS", "1")), random.Random(0), 0
-    argv = ["--epochs", "2", "--batch", "128", "--precision", "float32"]  # 32 steps an epoch
-    command, environment = [sys.executable, train.__file__, *argv], os.environ | {"OMP_NUM_THREADS": "1"}
+    argv = ["--epochs", "2", "--batch", "16", "--precision", "float32"]  # 32 steps an epoch
+    small = "import sys, data, train; make = data.toy_examples; "
+    small += "data.toy_examples = lambda count, seed: make(count // 8, seed); sys.exit(train.main())"
+    command = [sys.executable, "-c", small, *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
     began = time.monotonic()
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
     whole = time.monotonic() - began
@@ -459,7 +473,6 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
 
 def test_resuming_on_other_data(tmp_path, capsys, monkeypatch):
     make = data.toy_examples
-    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed))
     monkeypatch.setattr(train, "without_dropout", lambda backbone: (_ for _ in ()).throw(KeyboardInterrupt))  # after stage 1
     assert train.main(toy_argv(tmp_path)) == 130
     capsys.readouterr()
@@ -470,7 +483,7 @@ def test_resuming_on_other_data(tmp_path, capsys, monkeypatch):
         torch.save(checkpoint | {"optimizer": moments}, tmp_path / "checkpoint.pt")
         assert "of another model or machine" in fails(capsys, *toy_argv(tmp_path), "--resume")
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count // 8, seed + 5))
+    monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count, seed + 5))
     assert "was on other data" in fails(capsys, *toy_argv(tmp_path), "--resume")
 
 
