@@ -14,9 +14,11 @@ import io
 import json
 import math
 import mmap
+import os
 import re
 import string
 import struct
+import warnings
 import zipfile
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +35,7 @@ from tokenizers.processors import BertProcessing, RobertaProcessing
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from data import InputError, cache_dir, download, plain, reading
+from data import InputError, cache_dir, download, own_path, plain, reading
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class BertConfig:
                 raise InputError(f"{source}: {f.name} is missing; {fitting}")
             right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
             if right and f.type is int:
-                lowest, highest = f.name not in ("pad_token_id", "first_position"), 1000 if "num_" in f.name else 2**31
+                lowest, highest = f.name not in ("pad_token_id", "first_position"), 1000 if "num_" in f.name else 2**24
                 right = lowest <= value < highest
             if right and f.type is float:
                 right = 0 <= value < 1
@@ -87,8 +89,8 @@ class BertConfig:
         if kind == "roberta":
             config = replace(config, first_position=config.pad_token_id + 1)
         D, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
-        if config.max_tokens < 1:
-            raise InputError(f"{source}: max_position_embeddings {positions} leaves no position for a token; {fitting}")
+        if config.max_tokens < 8:
+            raise InputError(f"{source}: max_position_embeddings {positions} leaves no positions for a text; {fitting}")
         if D % heads:
             raise InputError(f"{source}: hidden_size {D} is no multiple of num_attention_heads {heads}; {fitting}")
         for name, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
@@ -270,6 +272,8 @@ def byte_level_tokenizer(ids, merges, source="vocab.json", settings=None):
     """
     special, space = ("<s>", "<pad>", "</s>", "<unk>"), (settings or {}).get("add_prefix_space", False)
     need_tokens(ids, special, source)
+    if len({*ids.values()}) < len(ids) or not {*ByteLevel.alphabet()} <= ids.keys():
+        raise InputError(f"{source} lacks a byte or has a number twice; copy or download it again")
     with reading(source, "it does not fit merges.txt; copy or download both again"):
         tokenizer = Tokenizer(BPE(ids, merges))
     tokenizer.add_special_tokens(list(special))
@@ -329,8 +333,8 @@ def find_model(name):
 
     Raises InputError.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = own_path(name)
+    if not os.path.exists(path):  # False also for names that no file can have
         if name in GOOGLE_MODELS:
             place = GOOGLE_MODELS[name] + ".zip"
             return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
@@ -341,7 +345,7 @@ def find_model(name):
             return cache_dir() / "models" / name
         known = ", ".join([key for key in GOOGLE_MODELS if key.startswith("bert-")] + list(HUB_MODELS))
         raise InputError(f"unknown model {plain(name)!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
-    if not path.is_dir() and not zipfile.is_zipfile(path):
+    if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
         raise InputError(f"{path}: neither a folder nor a zip file; give the folder that holds the checkpoint")
     return path
 
@@ -365,17 +369,28 @@ def load_pretrained(name, num_classes):
         if values["model_type"] != "roberta":
             raise InputError(f"{path}: {config_name} says {plain(values['model_type'])!r}, but the weights are a RoBERTa's")
     config = BertConfig.from_dict(values, f"{path}: {config_name}")
+    if config_name == "config.json" and "model_type" not in values and "vocab.json" in files and not config.first_position:
+        raise InputError(f'{path}: config.json does not say what it is; add "model_type", roberta or bert')
     model, tokenizer = build(config, num_classes, tensors, path), read_tokenizer(path, files)
-    with reading(path, "give the tokenizer of the weights"):
-        frame, pair = tokenizer.encode(""), tokenizer.encode("a", "a")
-        highest = max([config.pad_token_id, *tokenizer.get_vocab().values()])
-    if len(frame.ids) < 2:  # the heads read the first token, which must be [CLS]
-        raise InputError(f"{path}: the tokenizer puts no [CLS] and [SEP] around a text; give the one of the weights")
+    check_tokenizer(tokenizer, config, path)
+    return model, tokenizer
+
+
+def check_tokenizer(tokenizer, config, source):
+    """Raise InputError unless a tokenizer fits a model; its own padding and truncation are switched off."""
+    with reading(source, "give the tokenizer of the weights"):
+        tokenizer.no_padding(), tokenizer.no_truncation()
+        frame, one, pair = tokenizer.encode(""), tokenizer.encode("a"), tokenizer.encode("a", "\u2603 zq")
+        highest = max([config.pad_token_id, *pair.ids, *tokenizer.get_vocab().values()])
+    if len(frame.ids) < 2 or one.ids[0] != frame.ids[0] or len(pair.ids) <= len(one.ids):  # the heads read the first token
+        raise InputError(f"{source}: the tokenizer puts no [CLS] and [SEP] around a text; give the one of the weights")
     for found, what, limit in ((highest, "token", "vocab_size"), (max(pair.type_ids), "segment", "type_vocab_size")):
         if found >= getattr(config, limit):
             size = f"{limit} {getattr(config, limit)}"
-            raise InputError(f"{path}: {what} {found} of the tokenizer does not fit the config's {size}; give its own files")
-    return model, tokenizer
+            raise InputError(f"{source}: {what} {found} of the tokenizer does not fit the config's {size}; give its own files")
+    pad = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None), config.pad_token_id)
+    if pad != config.pad_token_id:
+        raise InputError(f"{source}: the tokenizer pads with {pad}, the config's pad_token_id is {config.pad_token_id}")
 
 
 class NoRandomStart(TorchFunctionMode):
@@ -408,7 +423,7 @@ def build(config, num_classes, tensors, source):
     for name, original in theirs.items():
         tensor, wanted = tensors[original], shapes[ours[name]]
         if tuple(tensor.shape) != wanted:
-            shape = f"{plain(original)} has shape {tuple(tensor.shape)}, the config asks for {wanted}"
+            shape = f"{plain(original)} has shape {plain(tuple(tensor.shape))}, the config asks for {wanted}"
             raise InputError(f"{source}: {shape}; give the config that came with the weights")
         state[ours[name]] = tensor.float().contiguous()  # as the readers give them, mostly
         if not torch.stack(state[ours[name]].aminmax()).isfinite().all():  # without a copy of the weights
@@ -473,7 +488,12 @@ def read_weights(path, files):
                 parts = sorted({str(part) for part in index["weight_map"].values()})
         tensors = {}
         for part in parts:
-            tensors |= kinds[whole](path, part, left_out)
+            if part not in files:
+                raise InputError(f"{path}: {plain(part)} is missing; give the whole checkpoint")
+            found = kinds[whole](path, part, left_out)
+            if twice := sorted(tensors.keys() & found.keys()):
+                raise InputError(f"{path}: {name_some(twice)} in several files; give the checkpoint as it came")
+            tensors |= found
     if left_out:
         print(f"note: {path}: left out, for they are not BERT itself: {name_some(sorted(left_out, key=lambda name: (bool(NO_WEIGHT.search(name)), name)))}")
     return tensors
@@ -486,7 +506,7 @@ def list_files(path):
     else:
         with reading(path, "not a sound zip file; download it again"), zipfile.ZipFile(path) as zipped:
             names = [Path(name).name for name in zipped.namelist() if not name.endswith("/")]
-    return {name for name in names if not name.startswith("._")}  # what a Mac puts beside each file
+    return {name for name in names if name.isprintable() and not name.startswith("._")}  # which a Mac puts beside each file
 
 
 def read_file(path, name):
@@ -499,6 +519,10 @@ def read_file(path, name):
         return np.memmap(path / name, np.uint8, mode="c")
     with reading(f"{path}: {plain(name)}", "download the zip again"), zipfile.ZipFile(path) as zipped:
         matches = [info for info in zipped.infolist() if Path(info.filename).name == name]
+        if len(matches) > 1:
+            raise ValueError("it is there several times")
+        if matches and matches[0].file_size > 10 * matches[0].compress_size + 2**26:  # no weights and no text shrink so far
+            raise ValueError(f"it would have {matches[0].file_size} bytes")
         content = bytearray(zipped.read(matches[0])) if matches else None
     if not content:
         raise InputError(f"{path}: {plain(name)} is missing from the zip or empty; give the whole checkpoint")
@@ -548,7 +572,8 @@ def read_tokenizer(path, files):
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         if not all(len(pair) == 2 for pair in merges):
             raise InputError(f"{path}: merges.txt has a line that is no pair; copy or download it again")
-        tokenizer = byte_level_tokenizer(ids, merges, f"{path}: vocab.json", settings)
+        with reading(f"{path}: tokenizer_config.json"):
+            tokenizer = byte_level_tokenizer(ids, merges, f"{path}: vocab.json", settings)
     elif "vocab.txt" in files:
         vocab = [token.rstrip(" \r") for token in read_text(path, "vocab.txt").rstrip("\n\r ").split("\n")]
         longest = 200 if "bert_config.json" in files else 100  # letters of a word: in Google's code, and in the hub's
@@ -604,7 +629,7 @@ def read_google(path, index, left_out):
             shards[shard] = read_file(path, shard)
             if wanted_sum and hashlib.sha256(shards[shard]).hexdigest() != wanted_sum:
                 raise InputError(f"{path}: {shard} is damaged, its sha256 is not {wanted_sum}; download it again")
-        what = f"{plain(name)} {entry.shape} of type {entry.dtype} in {entry.size} bytes"
+        what = f"{plain(name)} {plain(entry.shape)} of type {plain(entry.dtype)} in {entry.size} bytes"
         if entry.dtype != 1 or entry.size != 4 * math.prod(entry.shape):
             raise InputError(f"{path}: {what} is not float32; give Google's file")
         if entry.offset + entry.size > len(shards[shard]):
@@ -646,8 +671,12 @@ def read_index(content, source):
                 continue
             dims = read_protobuf(message.get(2, [b""])[0]).get(2, [])
             shape = tuple(read_protobuf(dim).get(1, [0])[0] for dim in dims)
-            entries[key.decode()] = Entry(*(message.get(1, [0])), shape, *(message.get(i, [0])[0] for i in (3, 4, 5)))
-        if not num_shards:
+            entry = Entry(*(message.get(1, [0])), shape, *(message.get(i, [0])[0] for i in (3, 4, 5)))
+            numbers = (entry.dtype, entry.shard, entry.offset, entry.size, *shape)
+            if not all(type(number) is int and number < 2**40 for number in numbers) or len(shape) > 8:
+                raise ValueError(f"a bad entry for {plain(key)}")
+            entries[key.decode()] = entry
+        if type(num_shards) is not int or not 0 < num_shards < 10**5:
             raise ValueError("it has no header")
     return entries, num_shards
 
@@ -734,7 +763,7 @@ def read_safetensors(path, file, left_out):
         places = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
         end = 0
         for name, (dtype, shape, *offsets) in sorted(places.items(), key=lambda item: item[1][2:]):
-            whole = all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+            whole = all(type(number) is int and 0 <= number < 2**40 for number in (*shape, *offsets)) and len(shape) <= 8
             if not isinstance(dtype, str) or len(offsets) != 2 or not whole:
                 raise ValueError(f"a bad entry for {name}")
             if offsets[0] != end or offsets[1] < end:
@@ -759,12 +788,13 @@ def read_bin(path, file, left_out):
     """{name: tensor} of a pytorch_model.bin in a folder or zip. Nothing in it can run code."""
     source = f"{path}: {file}"
     tensors = load_pickle(path / file if path.is_dir() else io.BytesIO(read_file(path, file)), source)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise InputError(f"{source} is no dictionary of tensors; give the weights as the hub has them")
+    with reading(source, "it is no dictionary of tensors; give the weights as the hub has them"):
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
+            raise TypeError("something in it is none")
     left_out += [name for name in tensors if not is_encoder(name) and not NO_WEIGHT.search(name)]
     tensors = {name: tensor for name, tensor in tensors.items() if is_encoder(name)}
     for name, tensor in tensors.items():
-        if tensor.dtype not in TYPES.values() or tensor.layout != torch.strided:
+        if tensor.dtype not in TYPES.values() or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
             kind = f"{tensor.dtype}, {tensor.layout}"
             raise InputError(f"{source}: {plain(name)} is {kind}; expected one of {', '.join(TYPES)}")
     return tensors
@@ -782,4 +812,5 @@ def load_pickle(file, source=None):
                     raise ValueError("damaged")
         if isinstance(file, io.BytesIO):
             file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of formats that are refused, or read all the same
+            return torch.load(file, map_location="cpu", weights_only=True)

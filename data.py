@@ -105,7 +105,7 @@ def find_task(name):
             f"choose one of: {', '.join(TASKS)}"
         )
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; choose one of: {', '.join(TASKS)}")
+        raise InputError(f"unknown task {plain(name)!r}; choose one of: {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -158,7 +158,7 @@ def load_mrpc(task, folder):
         dev_ids = {tuple(line.split("\t")) for line in content.decode("utf-8-sig").replace("\r", "").split("\n") if line}
     strangers = sorted(dev_ids - {tuple(row[3:]) for _, row in rows})
     if strangers or not dev_ids:
-        what = f"{strangers[0]!r} names no row of {source}" if strangers else "no ids in it"
+        what = f"{plain(strangers[0])} names no row of {source}" if strangers else "no ids in it"
         raise InputError(f"{ids_source}: {what}; delete both files to download them again")
     splits = Examples(), Examples()
     for split, wanted in zip(splits, (False, True)):
@@ -174,7 +174,7 @@ def add_rows(examples, rows, task, name, group=""):
     for number, fields in rows:
         texts, label = fields[: len(task.texts)], fields[-1] if task.label else task.labels[0]
         if label not in task.labels:
-            raise InputError(f"{name}, line {number}: unknown label {label!r}; expected one of {list(task.labels)}")
+            raise InputError(f"{name}, line {number}: unknown label {plain(label)!r}; expected one of {list(task.labels)}")
         examples.texts.append(texts[0] if len(texts) == 1 else tuple(texts))
         examples.labels.append(task.labels.index(label))
         if group:
@@ -216,9 +216,19 @@ def cache_dir():
         raise InputError("no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from None
 
 
+def own_path(text):
+    """A path that the user gave, with ~ spelt out."""
+    with reading(plain(text), "name a folder that there is"):
+        return Path(text).expanduser()
+
+
+def data_folder(folder):
+    return own_path(folder) if folder else cache_dir() / "glue"
+
+
 def local_file(folder, name):
     """Where GLUE's file `name`, such as RTE/dev.tsv, lies in a folder like GLUE's, or in the task's own; None if nowhere."""
-    folder = Path(folder).expanduser() if folder else cache_dir() / "glue"
+    folder = data_folder(folder)
     return next((path for path in (folder / name, folder / Path(name).name) if path.is_file()), None)
 
 
@@ -228,7 +238,7 @@ def find_file(folder, name, archive=""):
     Without an archive the file itself is what is downloaded. Nothing is ever unpacked to disk.
     """
     path, kind = local_file(folder, name), archive or name
-    folder = Path(folder).expanduser() if folder else cache_dir() / "glue"
+    folder = data_folder(folder)
     if not path and ((folder / "train.tsv").is_file() or kind not in DOWNLOADS):  # a task's own folder, and incomplete
         raise InputError(f"{folder}: {Path(name).name} is missing beside train.tsv; add it, or name another folder")
     if not path and not archive:
@@ -399,7 +409,7 @@ def parse_tsv(content, name, columns, header=()):
     missing = [column for column in columns if column not in header]
     if missing:
         raise InputError(
-            f"{name}: no column {missing[0]!r}, found {list(header)}; delete the file to download it again"
+            f"{name}: no column {missing[0]!r}, found {plain(list(header))}; delete the file to download it again"
         )
     places = [header.index(column) for column in columns]
     rows, bad = [], []

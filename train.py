@@ -536,9 +536,9 @@ def parse_arguments(argv):
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[scratch])
-    args.out = Path(args.out or f"runs/{args.task}").expanduser()
-    if args.model and Path(args.model).expanduser().exists():  # so that metrics.json names it for any folder
-        args.model = str(Path(args.model).expanduser().resolve())
+    args.out = data.own_path(args.out or f"runs/{args.task}")
+    if args.model and os.path.exists(data.own_path(args.model)):  # so that metrics.json names it for any folder
+        args.model = str(data.own_path(args.model).resolve())
     return args
 
 
@@ -669,18 +669,31 @@ def find_checkpoint(args):
         raise InputError(f"{args.out} holds an unfinished run; {what}")
     if "checkpoint.pt" not in held:
         return None
-    path, wanted = args.out / "checkpoint.pt", settings(args)
+    checkpoint, wanted = read_checkpoint(args.out / "checkpoint.pt"), settings(args)
+    found = checkpoint["settings"]
+    for name, value in wanted.items():
+        if type(found.get(name)) is not type(value) or found[name] != value:
+            was = f"{args.out}: its run has {name} {data.plain(repr(found.get(name)))}, not {value!r}"
+            raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
+    if len(set(gather((checkpoint["stage"], checkpoint["step"])))) > 1:
+        raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
+    return checkpoint
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint.pt, of the kinds that are relied on. Raises InputError."""
     checkpoint = bert.load_pickle(path)
     with data.reading(path, "start again with --overwrite"):
         checkpoint = dict(checkpoint)
-        found, checkpoint["seconds"] = dict(checkpoint["settings"]), dict(checkpoint["seconds"])
-        place = checkpoint["stage"], checkpoint["step"]
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            was = f"{args.out}: its run has {name} {found.get(name)!r}, not {value!r}"
-            raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
-    if len(set(gather(place))) > 1:
-        raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
+        kinds = {"stage": str, "step": int, "settings": dict, "seconds": dict, "log_bytes": int, "model": dict,
+                 "optimizer": dict, "rows": torch.Tensor}  # fmt: skip
+        for name, kind in kinds.items():
+            if not isinstance(checkpoint[name], kind) or isinstance(checkpoint[name], bool):
+                raise TypeError(f"{name} of another kind")
+        rows, times = checkpoint["rows"], checkpoint["seconds"].values()
+        check_like(torch.zeros(len(rows), 4), rows, name="rows")
+        if checkpoint["step"] < 0 or checkpoint["log_bytes"] < 0 or not all(type(time) is float for time in times):
+            raise ValueError("a number out of its range")
     return checkpoint
 
 
@@ -726,9 +739,17 @@ class Record:
             with data.reading(path, "it is of another model or machine; start again with --overwrite"):
                 check_state(saved["model"], model)
                 model.load_state_dict(saved["model"])
+                own, kept = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
+                if [group | {"lr": 0} for group in own] != [group | {"lr": 0} for group in kept]:
+                    raise ValueError("the optimiser has other settings")
                 optimizer.load_state_dict(saved["optimizer"])
-                for parameter, moments in optimizer.state.items():  # the fused optimiser would write past the end of others
-                    check_like(parameter, moments["exp_avg"], moments["exp_avg_sq"])
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:  # the fused optimiser would write past the end of other moments
+                        moments = optimizer.state[parameter]
+                        check_like(parameter, moments["exp_avg"], moments["exp_avg_sq"])
+                        check_like(torch.tensor(0.0), moments["step"].cpu())
+                if not 0 < saved["step"] <= steps or saved["log_bytes"] > (self.out / "log.jsonl").stat().st_size:
+                    raise ValueError("it goes on where this run cannot be")
                 torch.set_rng_state(saved["random"][rank()]["cpu"])
                 if self.args.device.type == "cuda":
                     torch.cuda.set_rng_state(saved["random"][rank()]["cuda"])
@@ -860,15 +881,18 @@ def load_run(path, stage=2, task=None):
     with data.reading(path, "it is no model of a run; name another file"):
         found, tokenizer = (saved["task"], saved["stage"]), Tokenizer.from_str(saved["tokenizer"])
         name, max_tokens, state, config = (saved[key] for key in ("model", "max_tokens", "state", "config"))
+        if not isinstance(found[0], str) or type(found[1]) is not int or not isinstance(name, str):
+            raise TypeError("a field of another kind")
     task = task or found[0]
     if found != (task, stage):
         wanted = f"expected stage {stage} on {task!r}"
-        raise InputError(f"{path}: stage {found[1]} of a run on {found[0]!r}, {wanted}; name another one")
+        raise InputError(f"{path}: stage {found[1]} of a run on {data.plain(found[0])!r}, {wanted}; name another one")
     if stage == 2 and saved.get("heads") != HEADS:
         raise InputError(f"{path}: written by a version of dact-bert that had other heads; train again")
     config = bert.BertConfig.from_dict(config, str(path))
-    if type(max_tokens) is not int or not 1 <= max_tokens <= config.max_tokens:
-        raise InputError(f"{path}: max_tokens is {max_tokens!r}, for {config.max_tokens} positions; name another run")
+    bert.check_tokenizer(tokenizer, config, path)
+    if type(max_tokens) is not int or not 8 <= max_tokens <= config.max_tokens:
+        raise InputError(f"{path}: max_tokens is {data.plain(max_tokens)!r}, for {config.max_tokens} positions; name another run")
     num_classes = len(data.find_task(task).labels)
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         model = bert.Bert(config)
@@ -879,7 +903,7 @@ def load_run(path, stage=2, task=None):
     with data.reading(path, "its weights do not fit its own config; name another run"):
         check_state(state, model)
         model.load_state_dict(state, assign=True)
-    return Saved(model, tokenizer, name, max_tokens, task)
+    return Saved(model, tokenizer, data.plain(name, 200), max_tokens, task)
 
 
 def check_state(state, model):
@@ -895,6 +919,10 @@ def check_like(tensor, *others, name="a tensor"):
     for other in others:
         if (other.shape, other.dtype, other.layout) != (tensor.shape, tensor.dtype, tensor.layout):
             raise ValueError(f"{name} is {other.dtype} {tuple(other.shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
+        if other.is_meta or not other.is_contiguous():
+            raise ValueError(f"{name} holds no numbers of its own")
+        if other.numel() and not torch.stack(other.aminmax()).isfinite().all():
+            raise ValueError(f"{name} holds a number that is not finite")
 
 
 def interrupt(*_):

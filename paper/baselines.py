@@ -91,25 +91,25 @@ def read_metrics(folder):
         train.run(train.parse_arguments(["--resume"]))
     if not path.is_file():
         raise data.InputError(f"{path}: no such file; name the folder of a finished run, or make one with train.py")
-    try:
+    with data.reading(path, "it is not the metrics of a run; run train.py again"):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("no object")
         for key, kind in METRICS_JSON.items():
             if not isinstance(found[key], kind) or isinstance(found[key], bool):
-                raise TypeError(f"{key} is {str(found[key])[:40]!r}")
+                raise TypeError(f"{key} is {found[key]!r}")
         early = [found["dact"], *(found["rules"][rule] for rule in dact.RULES)]
         for part in (found["full"], *early):
             numbers = [part[name] for name in data.find_task(found["task"]).metrics]
             if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
                 raise ValueError("a metric is no percentage")
         if found["rule"] not in dact.RULES or found["precision"] not in train.PRECISIONS:
-            raise ValueError(f"rule {found['rule'][:20]!r}, precision {found['precision'][:20]!r}")
-        positive = [found["batch"], found["epochs"], found["max_tokens"], *(part["mean_blocks"] for part in early)]
-        if not all(number > 0 for number in positive) or not 0 <= found["seed"] < 2**32:
-            raise ValueError("a number is out of its range")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise data.InputError(f"{path}: not the metrics of a run ({str(error)[:80]!r}); run train.py again") from None
+            raise ValueError(f"rule {found['rule']!r}, precision {found['precision']!r}")
+        ranges = {"epochs": (1e-3, 1e4), "batch": (1, 65536), "max_tokens": (8, 65536), "lr": (1e-12, 1e3), "seed": (0, 2**32 - 1),
+                  "head_lr": (1e-12, 1e3), "tau": (0, 1e3), "head_loss": (0, 1e3)}  # fmt: skip
+        for name, (low, high) in ranges.items():  # as train.py's flags have them
+            if not low <= found[name] <= high:
+                raise ValueError(f"{name} is {found[name]}")
+        if not all(0 < part["mean_blocks"] < 1e4 for part in early):
+            raise ValueError("mean_blocks is out of its range")
     return found
 
 
@@ -331,6 +331,7 @@ def train_or_load(run, name, model, train_it):
     if path.exists():
         saved = bert.load_pickle(path)
         with data.reading(path, "it is not of this run; delete it to train it again"):
+            train.check_state(saved, model)
             model.load_state_dict(saved)
         return model.eval()
     args = argparse.Namespace(**vars(run.args) | {"out": run.trained / name.lower()})
@@ -338,7 +339,7 @@ def train_or_load(run, name, model, train_it):
     checkpoint = args.out / "checkpoint.pt"
     try:
         lines = 20 if sys.stdout.isatty() else 1  # scripts train many systems
-        train_it(args, train.Record(args, bert.load_pickle(checkpoint) if checkpoint.exists() else None, lines))
+        train_it(args, train.Record(args, train.read_checkpoint(checkpoint) if checkpoint.exists() else None, lines))
     except data.InputError as error:
         what = str(error).partition(";")[0]  # after it stand flags of train.py
         raise data.InputError(f"{what}; repeat the command, or delete {args.out} to train {name} anew") from None

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -401,6 +403,41 @@ def test_a_roberta_whose_config_does_not_say_so(tmp_path):
     refuse(folder, "the weights are a RoBERTa's")
 
 
+def test_files_made_to_hurt(tmp_path, google):
+    """Padding to 30 million tokens, a zip that grows, a name with a colour code, two files of one name, a key that is none."""
+    (google / "tokenizer.json").write_text(bert.read_tokenizer(google, {"vocab.txt"}).to_str())
+    written = json.loads((google / "tokenizer.json").read_text())
+    fixed = {"strategy": {"Fixed": 30_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+             "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+    (google / "tokenizer.json").write_text(json.dumps(written | {"padding": fixed}))
+    assert len(bert.load_pretrained(google, 2)[1].encode("the cat").ids) == 4
+    written["model"]["unk_token"] = "nope"
+    (google / "tokenizer.json").write_text(json.dumps(written))
+    refuse(google, "give the tokenizer of the weights")
+    (google / "tokenizer.json").unlink()
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
+        for file in google.iterdir():
+            zipped.write(file, file.name)
+        zipped.writestr("a/model.safetensors", bytes(10**8))
+        zipped.writestr("b/\x1b[31m.ckpt.index", b"x")
+    assert bert.load_pretrained(tmp_path / "bomb.zip", 2)[0]
+    with pytest.raises(InputError, match="would have 100000000 bytes"):
+        bert.read_file(tmp_path / "bomb.zip", "model.safetensors")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "a") as zipped:
+        zipped.writestr("b/vocab.txt", "the")
+    refuse(tmp_path / "bomb.zip", "vocab.txt", "several times")
+    folder, _ = write_roberta(tmp_path / "r", safe=False)
+    torch.save({1: torch.zeros(2)}, folder / "pytorch_model.bin")
+    refuse(folder, "no dictionary of tensors")
+    os.mkfifo(tmp_path / "pipe")
+    refuse(tmp_path / "pipe", "neither a folder nor a zip")
+    huge = {"bert.x": {"dtype": "F32", "shape": [0, 2**64], "data_offsets": [0, 0]}}
+    head = json.dumps(huge).encode()
+    hub = write_hugging_face(tmp_path / "hub", hugging_face_names(google_arrays()))
+    (hub / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
+    refuse(hub, "a bad entry for bert.x")
+
+
 def test_weights_that_are_no_numbers(tmp_path):
     arrays = google_arrays()
     arrays["bert/encoder/layer_1/output/dense/bias"][3] = np.nan
@@ -657,6 +694,8 @@ def test_bad_byte_level_vocabulary(roberta):
         ({"a": -1}, "does not number tokens"),
         ({"a": 0}, "no <s>"),
         (ids | {"more": len(ids)}, f"token {len(ids)}"),
+        (ids | {"more": 7}, "has a number twice"),
+        ({token: i for token, i in ids.items() if token != "b"}, "lacks a byte"),
         ({token: i for token, i in ids.items() if token != "th"}, "does not fit merges.txt"),
     ):
         (roberta / "vocab.json").write_text(json.dumps(vocab))

@@ -477,10 +477,15 @@ def test_resuming_on_other_data(tmp_path, capsys, monkeypatch):
     assert train.main(toy_argv(tmp_path)) == 130
     capsys.readouterr()
     checkpoint = torch.load(tmp_path / "checkpoint.pt")
-    for broken in (lambda x: x[:-1], lambda x: 5):  # moments that are not the parameter's
+    for broken in (lambda x: x[:-1], lambda x: 5, lambda x: torch.zeros(1, 1).expand(x.shape)):  # moments of other kinds
         moments = copy.deepcopy(checkpoint["optimizer"])
         moments["state"][0]["exp_avg"] = broken(moments["state"][0]["exp_avg"])
         torch.save(checkpoint | {"optimizer": moments}, tmp_path / "checkpoint.pt")
+        assert "of another model or machine" in fails(capsys, *toy_argv(tmp_path), "--resume")
+    groups = copy.deepcopy(checkpoint["optimizer"])
+    groups["param_groups"][0]["maximize"] = True
+    for broken in ({"optimizer": groups}, {"step": 10**9}, {"log_bytes": 10**6}):
+        torch.save(checkpoint | broken, tmp_path / "checkpoint.pt")
         assert "of another model or machine" in fails(capsys, *toy_argv(tmp_path), "--resume")
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count, seed + 5))
@@ -612,9 +617,9 @@ def test_resume_wins_over_overwrite(tmp_path):
     """For the advice after Ctrl-C is "the same command with --resume", and that command may have held --overwrite."""
     args = train.parse_arguments(["--out", str(tmp_path), "--overwrite", "--resume", "--precision", "float32"])
     args.device, args.precision, _ = train.pick_hardware("float32")
-    checkpoint = {"settings": train.settings(args), "stage": "stage 1", "step": 64, "seconds": {"stage 1": 1.0}}
-    train.save(tmp_path / "checkpoint.pt", checkpoint)
-    assert train.find_checkpoint(args) == checkpoint
+    train.Record(args).log({"settings": train.settings(args)})
+    train.save(tmp_path / "checkpoint.pt", a_checkpoint(tmp_path, step=64))
+    assert train.find_checkpoint(args)["step"] == 64
     args.resume = False
     assert train.find_checkpoint(args) is None
 
@@ -642,29 +647,30 @@ def test_a_folder_that_holds_a_run(toy_run, tmp_path, capsys):
     assert {file.name: file.read_bytes() for file in toy_run.iterdir()} == before  # nothing is lost by a bad command
     argv = ["--epochs", "0.05", "--precision", "float32", "--out", tmp_path]
     (tmp_path / "stage1.pt").write_bytes(before["stage1.pt"])
-    settings = json.loads(before["log.jsonl"].splitlines()[0])["settings"]
     assert "holds an unfinished run" in fails(capsys, *argv)
-    place = {"settings": settings, "stage": "stage 1", "step": 5, "seconds": {}}
-    torch.save(place, tmp_path / "checkpoint.pt")
+    torch.save(a_checkpoint(toy_run), tmp_path / "checkpoint.pt")
     assert "its run has epochs 1.0, not 0.05" in fails(capsys, *argv, "--resume")
     assert "its run has task 'toy', not 'rte'" in fails(capsys, *argv, "--resume", "--task", "rte")
-    for broken in ({}, [], {"settings": 3}, place | {"settings": 3}, place | {"seconds": 7}):
-        torch.save(broken, tmp_path / "checkpoint.pt")
-        assert "checkpoint.pt: cannot be read" in fails(capsys, *argv, "--resume")
     assert train.main([str(word) for word in [*argv, "--overwrite", "--stage1", tmp_path / "stage1.pt"]]) == 0
     assert (tmp_path / "stage1.pt").read_bytes() == before["stage1.pt"] and (tmp_path / "metrics.json").exists()
 
 
+def a_checkpoint(folder, **changes):
+    """A checkpoint.pt as a run in `folder` (or of its settings) would have it, with an empty model."""
+    settings = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["settings"]
+    place = {"settings": settings, "data": [7, 7], "stage": "stage 1", "step": 3, "seconds": {"stage 1": 1.0}, "log_bytes": 0}
+    return place | {"rows": torch.zeros(0, 4), "model": {}, "optimizer": {"state": {}, "param_groups": []}} | changes
+
+
 def test_a_checkpoint_that_is_none(toy_run, tmp_path, capsys, monkeypatch):
     argv = ["--epochs", "1", "--precision", "float32", "--out", tmp_path, "--resume"]
-    settings = json.loads((toy_run / "log.jsonl").read_text().splitlines()[0])["settings"]
-    for content in (torch.zeros(3), {"stage": "stage 1"}):
+    fields = [{"stage": [1]}, {"step": "3"}, {"step": -1}, {"seconds": []}, {"seconds": {"stage 1": "1"}}, {"log_bytes": 1.5},
+              {"rows": 5}, {"rows": torch.zeros(2)}, {"rows": torch.zeros(1, 1).expand(9, 4)}, {"settings": 3}]  # fmt: skip
+    for content in (torch.zeros(3), {"stage": "stage 1"}, *(a_checkpoint(toy_run, **broken) for broken in fields)):
         torch.save(content, tmp_path / "checkpoint.pt")
         assert "cannot be read" in fails(capsys, *argv)
     monkeypatch.setattr(train.zlib, "crc32", lambda content: 7)
-    other = {"settings": settings, "data": [7, 7], "stage": "stage 1", "step": 3, "seconds": {}, "log_bytes": 0}
-    other |= {"model": {}, "optimizer": {}}
-    torch.save(other, tmp_path / "checkpoint.pt")
+    torch.save(a_checkpoint(toy_run), tmp_path / "checkpoint.pt")
     assert "of another model or machine" in fails(capsys, *argv)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     assert "damaged" in fails(capsys, *argv)
