@@ -139,6 +139,11 @@ def load_test(name, folder=None):
             file = "MRPC/msr_paraphrase_test.txt"
         suffix = {"": "", "matched": "-m", "mismatched": "-mm"}[part]
         read_into(test, task, folder, file, task.folder + suffix)
+    if name == "mnli":  # a model of MNLI answers GLUE's diagnostic set, too
+        try:
+            read_into(test, task, folder, "AX.tsv", "AX")
+        except InputError as error:
+            print(f"left out   AX: {error}")
     return test
 
 
@@ -186,6 +191,7 @@ def add_rows(examples, rows, task, name, group=""):
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 DOWNLOADS = {  # name in the folder: (URL, sha256)
+    "AX.tsv": (GLUE_URL + "AX.tsv", None),
     "CoLA.zip": (GLUE_URL + "CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
     "SST-2.zip": (GLUE_URL + "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
     "QQP-clean.zip": (GLUE_URL + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),

@@ -475,6 +475,7 @@ def submit(args):
         text = "index\tprediction\n" + "".join(f"{i}\t{word}\n" for i, word in enumerate(rows))
         write_whole(folder / f"{name}.tsv", lambda file, text=text: file.write(text.encode()))
         print(f"saved      {folder / name}.tsv, {len(rows)} predictions")
+    print("GLUE's server takes one zip with a file for each task, also STS-B.tsv: any number from 0 to 5 for its 1379 lines")
     print(f"mean block {exit_block.double().mean().item():.2f} of {len(model.backbone.blocks)} ({RULE_NAMES[args.rule]})")
 
 
@@ -739,8 +740,8 @@ class Record:
             with data.reading(path, "it is of another model or machine; start again with --overwrite"):
                 check_state(saved["model"], model)
                 model.load_state_dict(saved["model"])
-                own, kept = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
-                if [group | {"lr": 0} for group in own] != [group | {"lr": 0} for group in kept]:
+                own, theirs = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
+                if [group | {"lr": 0} for group in own] != [group | {"lr": 0} for group in theirs]:
                     raise ValueError("the optimiser has other settings")
                 optimizer.load_state_dict(saved["optimizer"])
                 for group in optimizer.param_groups:

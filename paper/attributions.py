@@ -150,7 +150,7 @@ def line(run, backbone, i):
     """x and x', both (T, D): dev example i as `backbone` embeds it, and the same with all its words taken out.
 
     Words, positions and segments are summed and normalised here. [CLS] and [SEP] stay, as do positions and segments: so
-    no attribution falls on them, and the baseline is an input of the same form.
+    no attribution falls on them, and the baseline is an input of the same shape.
     """
     input_ids, segment_ids, _ = inputs_of(run, i)
     frame = torch.tensor(run.tokenizer.encode("").ids, device=run.args.device)  # what is put around a text

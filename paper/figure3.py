@@ -90,7 +90,7 @@ def deebert_row(run, exits, S, i, steps):
 
 
 def row(system, run, model, halted, score, i, steps):
-    """The `Row` of a system that said `halted` about dev example i. score: a function of `attributions`."""
+    """The `Row` of a system that answered `halted` about dev example i. score: a function of `attributions`."""
     n, label, N = halted.exit_block.item(), halted.label.item(), len(model.backbone.blocks)
     x, baseline = attributions.line(run, model.backbone, i)
     method = attributions.integrated_gradients

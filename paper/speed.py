@@ -104,13 +104,13 @@ def show(rows):
         print(f"{what:<66}{number:>8}{sign:>5}{goal:>5.2f} {'  ' if met else '! '} {detail}", flush=True)
 
 
-def timed(forms, repetitions):
+def timed(variants, repetitions):
     """{name: [seconds of each repetition]} of functions without arguments, run in turn; a first round only warms up."""
-    seconds = {name: [] for name in forms}
+    seconds = {name: [] for name in variants}
     for _ in range(repetitions + 1):
-        for name, form in forms.items():
+        for name, variant in variants.items():
             began = time.perf_counter()
-            form()
+            variant()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             seconds[name].append(time.perf_counter() - began)
@@ -118,7 +118,7 @@ def timed(forms, repetitions):
 
 
 def compared(what, first, second, goal, detail):
-    """The `Row` of first / second: the median of the repetitions' ratios, and behind the detail the least and greatest.
+    """The `Row` of first / second: the median of the repetitions' ratios, and after the detail the least and greatest.
 
     What slows one repetition down slows both of its sides, so this is steadier than the ratio of two medians.
     """
@@ -274,10 +274,10 @@ def step_rows(config, device, precision, repetitions):
     inputs = torch.randint(1, config.vocab_size, (B, T)), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T) > 0
     *inputs, labels = train.to_device((*inputs, torch.arange(B) % 2), device)
     makers = {"ours": our_step} | ({"theirs": their_step} if have_transformers() else {})
-    forms = {name: partial(make(config, device), inputs, labels, precision) for name, make in makers.items()}
+    variants = {name: partial(make(config, device), inputs, labels, precision) for name, make in makers.items()}
     peaks = []  # taken between the steps, for on a busy machine the peak changes too
-    forms["peak"] = lambda: peaks.append(peak(device, precision))
-    seconds = timed(forms, repetitions)
+    variants["peak"] = lambda: peaks.append(peak(device, precision))
+    seconds = timed(variants, repetitions)
     shape = f"{config.num_hidden_layers} x {config.hidden_size}, {B} x {T} tokens, {precision}"
     what, goal = f"training step ({shape}) / transformers", ("<=", 0.9)
     if "theirs" not in seconds:
@@ -318,7 +318,7 @@ def epoch_rows(config, dataset, batch, device, precision, repetitions):
     grouped = spread(data.training_batches(lengths, batch, 0), lengths)
     order = np.random.default_rng(0).permutation(len(lengths))
     shuffled = spread([order[i : i + batch] for i in range(0, len(order), batch)], lengths)
-    forms = {
+    variants = {
         "ours": partial(run_batches, ours, dataset, grouped, device, precision),
         "dynamic": partial(run_batches, theirs, dataset, shuffled, device, precision),
         "padded": partial(run_batches, theirs, dataset, shuffled[:1], device, "float32", STOCK_WIDTH),
@@ -327,7 +327,7 @@ def epoch_rows(config, dataset, batch, device, precision, repetitions):
     examples = {name: sum(map(len, batches)) for name, batches in examples.items()}
     epoch = {
         name: [seconds / examples[name] * len(dataset) for seconds in taken]
-        for name, taken in timed(forms, repetitions).items()
+        for name, taken in timed(variants, repetitions).items()
     }
     shape = f"{config.num_hidden_layers} x {config.hidden_size}, mean length {lengths.mean():.1f}"
     return [

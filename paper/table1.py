@@ -148,28 +148,28 @@ class Contest:
         # Computed once, and only if ramps have to be trained.
         self.vectors = cache(partial(baselines.train_vectors, run))
 
-    def enter(self, row, form, x):
-        """form: x -> what is to be measured."""
-        self.chosen[row], self.variants[row] = x, form(x)
+    def enter(self, row, variant, x):
+        """variant: x -> what is to be measured."""
+        self.chosen[row], self.variants[row] = x, variant(x)
 
-    def turn(self, system, knob, form, simulated, high, low=0.0, goals=(HALF, DEPTH)):
+    def turn(self, system, knob, variant, simulated, high, low=0.0, goals=(HALF, DEPTH)):
         """A row for the x from `low` to `high` that uses as many blocks as each goal says, and the curve from `high` to 0.
 
         simulated: x -> (labels, exit_block); the more x, the fewer blocks.
         """
         for goal in goals:
             x = baselines.bisect_to_depth(simulated, self.goals[goal], high, low)
-            self.enter(f"{system}, {knob} for {goal}", form, x)
+            self.enter(f"{system}, {knob} for {goal}", variant, x)
         depths = torch.linspace(1, self.N, 4 * self.N - 3).tolist()
         settings = [high, *(baselines.bisect_to_depth(simulated, blocks, high) for blocks in depths), 0.0]
         self.curve(f"{system}, over {knob}", simulated, settings)
 
-    def nearest(self, system, knob, form, simulated, settings, goals=(HALF, DEPTH)):
+    def nearest(self, system, knob, variant, simulated, settings, goals=(HALF, DEPTH)):
         """As `turn`, for a knob of few settings: a row for the one that comes nearest to each goal."""
         used = {x: simulated(x)[1].double().mean().item() for x in settings}
         for goal in goals:
             x = min(settings, key=lambda x: abs(used[x] - self.goals[goal]))
-            self.enter(f"{system}, {knob} nearest {goal}", form, x)
+            self.enter(f"{system}, {knob} nearest {goal}", variant, x)
         self.curve(f"{system}, over {knob}", simulated, settings)
 
     def curve(self, name, simulated, settings):
@@ -177,7 +177,7 @@ class Contest:
         self.curves[name] = [point(self.run, *simulated(x)) for x in settings]
 
     def by(self, system, exits, rule, knob):
-        """Two functions of a rule's knob: the form of an `Exits` under it, and what that would leave where."""
+        """Two functions of a rule's knob: the variant of an `Exits` under it, and what that would leave where."""
         (logits,) = train.outputs(exits, self.run.dev, self.run.args)
         self.answers[system] = logits.argmax(-1)
         return (
@@ -247,9 +247,9 @@ def enter_longer(contest):
 def enter_deebert(contest):
     """At the thresholds of the paper's table, and at those that use as many blocks as DACT."""
     exits = baselines.deebert(contest.run, contest.vectors)
-    form, simulated = contest.by("DeeBERT", exits, baselines.entropy_rule, "S")
-    contest.variants |= {f"DeeBERT, S = {S:.2f}": form(S) for S in (0.25, 0.5, 0.75)}
-    contest.turn("DeeBERT", "S", form, simulated, contest.highest_S)
+    variant, simulated = contest.by("DeeBERT", exits, baselines.entropy_rule, "S")
+    contest.variants |= {f"DeeBERT, S = {S:.2f}": variant(S) for S in (0.25, 0.5, 0.75)}
+    contest.turn("DeeBERT", "S", variant, simulated, contest.highest_S)
 
 
 def enter_fastbert(contest):
@@ -270,12 +270,12 @@ def enter_pabee(contest):
 def enter_first(contest):
     """The first k blocks, for both goals."""
 
-    def form(k):
+    def variant(k):
         model = baselines.first_blocks(contest.run, k)
         return lambda *inputs: train.all_blocks(model(*inputs), k)
 
     for goal, blocks in contest.goals.items():
-        contest.enter(f"first k blocks, k for {goal}", form, round(blocks))
+        contest.enter(f"first k blocks, k for {goal}", variant, round(blocks))
 
 
 # What --without takes, in the order of the table
@@ -356,13 +356,13 @@ def beyond(row, results, metric, draws=1000):
     if rival == row or not both:
         return ""
     labels = torch.tensor([*map(int, both[0]["labels"])])
-    said = [[torch.tensor([*map(int, result["rows"][name]["answers"])]) for name in (row, rival)] for result in both]
-    S, E, rng = len(said), len(labels), np.random.default_rng(0)
+    answers_of = [[torch.tensor([*map(int, result["rows"][name]["answers"])]) for name in (row, rival)] for result in both]
+    S, E, rng = len(answers_of), len(labels), np.random.default_rng(0)
 
     def difference(seeds=range(S), examples=slice(None)):
         """The mean over the seeds."""
         right = labels[examples]
-        reached = [[data.METRICS[metric](answers[examples], right) for answers in said[seed]] for seed in seeds]
+        reached = [[data.METRICS[metric](answers[examples], right) for answers in answers_of[seed]] for seed in seeds]
         return np.subtract(*np.mean(reached, axis=0))
 
     drawn = []

@@ -282,7 +282,7 @@ def test_roberta_through_both_stages_and_to_the_server(tmp_path, capsys, name):
         assert "matched" in capsys.readouterr().out
     assert train.main([*argv, "--submit", str(tmp_path / "answers")]) == 0
     files = {file.name: file.read_text().splitlines() for file in (tmp_path / "answers").iterdir()}
-    assert files.keys() == ({"MNLI-m.tsv", "MNLI-mm.tsv"} if name == "MNLI" else {f"{name}.tsv"})
+    assert files.keys() == ({"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"} if name == "MNLI" else {f"{name}.tsv"})
     words = {word for _, _, word in written["train.tsv"]}
     for lines in files.values():
         assert lines[0] == "index\tprediction" and len(lines) == 41
