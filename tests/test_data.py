@@ -294,7 +294,7 @@ def test_every_task_in_its_own_format(tmp_path, name):
         assert split.texts == [texts for texts, _ in rows]
         assert split is test or [task.labels[i] for i in split.labels] == [label for _, label in rows]
     assert dev.groups == (["matched"] * 40 + ["mismatched"] * 40 if name == "MNLI" else [])
-    assert list(dict.fromkeys(test.groups)) == (["MNLI-m", "MNLI-mm"] if name == "MNLI" else [name])
+    assert list(dict.fromkeys(test.groups)) == (["MNLI-m", "MNLI-mm", "AX"] if name == "MNLI" else [name])
 
 
 @needs_assets
