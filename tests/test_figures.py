@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,11 +310,11 @@ def test_train_py_reads_a_pruned_model(toy_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_folder_that_is_no_run(name, tmp_path):
-    argv = [sys.executable, str(PAPER / f"{name}.py"), str(tmp_path)]
-    ended = subprocess.run(argv, check=False, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and "no such file" in ended.stderr
+def test_a_folder_that_is_no_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+    assert baselines.command(SCRIPTS[name].main) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1 and "no such file" in error
 
 
 @pytest.mark.parametrize(
