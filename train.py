@@ -526,7 +526,7 @@ def parse_arguments(argv):
     add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
     add("--max-tokens", type=number(int, 8, 65536), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
     add = parser.add_argument_group("our settings").add_argument
-    add("--rule", choices=dact.RULES, default="paper", help="halting rule that answers: (4), or our exact one")
+    add("--rule", choices=dact.RULES, default="paper", help="halting rule that answers: (4), or our exact one (default: paper)")
     add("--batch", type=number(int, 1, 65536), help="sequences in a batch (default: 32; toy: 64)")
     add("--lr", type=number(float, 1e-12, 1e3), help="peak learning rate of all but the heads (default: 5e-5; toy: 4e-4)")
     add("--head-lr", type=number(float, 1e-12, 1e3), default=1e-3, help="that of the DACT heads (default: 1e-3)")
