@@ -64,6 +64,8 @@ def run(args):
     record = Record(args, find_checkpoint(args))
     torch.manual_seed(args.seed)
     stage1, tokenizer, name = starting_model(args, args.out / "stage1.pt" if record.stage_1_is_done else args.stage1)
+    if name == SCRATCH:
+        torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and then rounds alike on any number of cores
     max_tokens, pad_id = min(args.max_tokens, stage1.bert.config.max_tokens), stage1.bert.config.pad_token_id
     splits = data.load_task(args.task, args.data)
     train_set, dev_set = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in splits)

@@ -66,6 +66,8 @@ def open_run(folder, data_folder=None):
     settings = {name: metrics[name] for name, kind in METRICS_JSON.items() if kind is not dict}
     args = argparse.Namespace(**settings, out=folder, data=data_folder, stage1=None)
     args.device, args.precision, _ = train.pick_hardware(args.precision)
+    if args.model == train.SCRATCH:
+        torch.set_num_threads(1)  # as train.py
     stage1, tokenizer, _, max_tokens, _ = train.load_run(folder / "stage1.pt", 1, args.task)
     adaptive = train.load_run(folder / "dact.pt", 2, args.task).model
     pad_id = stage1.bert.config.pad_token_id
