@@ -678,8 +678,8 @@ def find_checkpoint(args):
         if type(found.get(name)) is not type(value) or found[name] != value:
             was = f"{args.out}: its run has {name} {data.plain(repr(found.get(name)))}, not {value!r}"
             raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
-    if len(set(gather((checkpoint["stage"], checkpoint["step"])))) > 1:
-        raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
+    if checkpoint["stage"] not in ("stage 1", "stage 2"):
+        raise InputError(f"{args.out}: checkpoint.pt is of no stage of a run; start again with --overwrite")
     return checkpoint
 
 
@@ -708,6 +708,8 @@ class Record:
 
     def __init__(self, args, checkpoint=None, lines=20):
         self.args, self.out, self.checkpoint, self.lines = args, args.out, checkpoint, lines
+        if len(set(gather(checkpoint and (checkpoint["stage"], checkpoint["step"])))) > 1:
+            raise InputError(f"{self.out} does not hold the same run for every process; name a folder that all share")
         self.data = None  # checksums of what is trained on; what is trained beside a run (paper/) has none
         self.stage_1_is_done = checkpoint is not None and checkpoint["stage"] == "stage 2"  # and left its file
         self.seconds = checkpoint["seconds"] if checkpoint else {"stage 1": 0.0}

@@ -669,6 +669,8 @@ def test_a_checkpoint_that_is_none(toy_run, tmp_path, capsys, monkeypatch):
     for content in (torch.zeros(3), {"stage": "stage 1"}, *(a_checkpoint(toy_run, **broken) for broken in fields)):
         torch.save(content, tmp_path / "checkpoint.pt")
         assert "cannot be read" in fails(capsys, *argv)
+    torch.save(a_checkpoint(toy_run, stage="stage 9"), tmp_path / "checkpoint.pt")
+    assert "of no stage of a run" in fails(capsys, *argv)
     monkeypatch.setattr(train.zlib, "crc32", lambda content: 7)
     torch.save(a_checkpoint(toy_run), tmp_path / "checkpoint.pt")
     assert "of another model or machine" in fails(capsys, *argv)
