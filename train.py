@@ -753,14 +753,14 @@ class Record:
                         moments = optimizer.state[parameter]
                         check_like(parameter, moments["exp_avg"], moments["exp_avg_sq"])
                         check_like(torch.tensor(0.0), moments["step"].cpu())
-                if not 0 < saved["step"] <= steps or saved["log_bytes"] > (self.out / "log.jsonl").stat().st_size:
+                if not 0 < saved["step"] <= steps:
                     raise ValueError("it goes on where this run cannot be")
                 torch.set_rng_state(saved["random"][rank()]["cpu"])
                 if self.args.device.type == "cuda":
                     torch.cuda.set_rng_state(saved["random"][rank()]["cuda"])
                 self.done, self.rows, log_bytes = saved["step"], saved["rows"], saved["log_bytes"]
             if rank() == 0:  # what came after the last finished epoch comes again
-                os.truncate(self.out / "log.jsonl", log_bytes)
+                os.truncate(self.out / "log.jsonl", min(log_bytes, (self.out / "log.jsonl").stat().st_size))
             print(f"resumed    {stage} after step {self.done}")
         self.began, self.earlier = time.perf_counter(), self.seconds.get(stage, 0.0)
         return self.done
