@@ -99,7 +99,7 @@ class Examples:
 
 def find_task(name):
     """The `Task` of a name. Raises InputError if there is none."""
-    if name in ("sts-b", "stsb"):
+    if name.lower().replace("_", "-") in ("sts-b", "stsb"):
         raise InputError(
             "STS-B is a regression: the bound asks whether another class can still win, and a score has no classes; "
             f"choose one of: {', '.join(TASKS)}"

@@ -535,6 +535,7 @@ def parse_arguments(argv):
     add("--head-loss", type=number(float, 0, 1e3),
         help="weight of every head's own loss in stage 2, beside (3) (default: 1; toy: 0.3; the paper's: 0)")  # fmt: skip
     args = parser.parse_args(argv)
+    args.task = {"sst2": "sst-2"}.get(args.task.lower(), args.task.lower())  # GLUE itself writes CoLA, SST2, SST-2
     scratch = args.task == "toy" and args.model is None
     for name, defaults in DEFAULTS.items():
         if getattr(args, name) is None:

@@ -403,7 +403,7 @@ def draw(tables, path):
         majority = results[0]["rows"]["majority"][metric]
         shown["majority class"] = axis.axhline(majority, color="grey", linestyle=":")
         seeds = f", mean of {len(results)} seeds" * (len(results) > 1)
-        axis.set(title=f"{task}, {model}{seeds}", xlabel="blocks saved (%)", ylabel=f"{metric} (%)")
+        axis.set(title=f"{task}, {model}{seeds}".replace("$", r"\$"), xlabel="blocks saved (%)", ylabel=f"{metric} (%)")
     columns = 2 * len(tables)
     height = 0.2 * -(-len(shown) // columns) / 5.2
     figure.legend(shown.values(), shown, loc="lower center", ncols=columns, fontsize=8, frameon=False)

@@ -541,7 +541,9 @@ def test_run_in_bfloat16_by_the_exact_rule(tmp_path):
 
 def test_unknown_task_and_model(tmp_path, capsys):
     assert "unknown task 'copa'" in fails(capsys, "--task", "copa", "--out", tmp_path)
-    assert "STS-B is a regression" in fails(capsys, "--task", "sts-b", "--out", tmp_path)
+    for spelling in ("sts-b", "STS-B", "STSB", "sts_b"):
+        assert "STS-B is a regression" in fails(capsys, "--task", spelling, "--out", tmp_path)
+    assert [train.parse_arguments(["--task", name]).task for name in ("SST2", "SST-2", "CoLA")] == ["sst-2", "sst-2", "cola"]
     assert "dact.pt: no such file" in fails(capsys, "--task", "rte", "--submit", tmp_path / "x", "--out", tmp_path)
     assert "unknown model 'bort'" in fails(capsys, "--task", "rte", "--model", "bort", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
