@@ -426,11 +426,16 @@ def build(config, num_classes, tensors, source):
             shape = f"{plain(original)} has shape {plain(tuple(tensor.shape))}, the config asks for {wanted}"
             raise InputError(f"{source}: {shape}; give the config that came with the weights")
         state[ours[name]] = tensor.float().contiguous()  # as the readers give them, mostly
-        if not torch.stack(state[ours[name]].aminmax()).isfinite().all():  # without a copy of the weights
+        if not all_finite(state[ours[name]]):
             raise InputError(f"{source}: {plain(original)} holds a number that is not finite; download it again")
     model.classifier = Classifier(config, num_classes).apply(init_weights)
     model.load_state_dict(state, strict=False, assign=True)
     return model
+
+
+def all_finite(tensor):
+    """Whether every number of a tensor is finite, looked at without a copy of it."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def name_some(names):

@@ -50,6 +50,11 @@ TOY_CONFIG = bert.BertConfig(
 )
 # (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing
 DEFAULTS = {"epochs": (3, 16), "batch": (32, 64), "lr": (5e-5, 4e-4), "tau": (0.035, 0.05), "head_loss": (1.0, 0.3)}
+# What a setting may be, by the flags and in a metrics.json: (kind, lowest, highest)
+RANGES = {
+    "seed": (int, 0, 2**32 - 1), "tau": (float, 0, 1e3), "epochs": (float, 1e-3, 1e4), "max_tokens": (int, 8, 65536),
+    "batch": (int, 1, 65536), "lr": (float, 1e-12, 1e3), "head_lr": (float, 1e-12, 1e3), "head_loss": (float, 0, 1e3),
+}  # fmt: skip
 PRECISIONS = ("float32", "bfloat16")
 RULE_NAMES = {"paper": "rule (4)", "exact": "exact rule"}  # on the screen; the names on the left are --rule's
 
@@ -79,7 +84,7 @@ def run(args):
     if not record.stage_1_is_done:
         if args.stage1 is None:
             fit("stage 1", stage1.train(), stage1_loss, train_set, args, record)
-        save_model(args.out / "stage1.pt", stage1, stage1.bert, tokenizer, name, max_tokens, args.task)
+        save_model(args.out / "stage1.pt", stage1, tokenizer, name, max_tokens, args.task)
 
     torch.manual_seed(args.seed)  # stage 2 is the same whether stage 1 ran before it or was read from a file
     adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
@@ -88,7 +93,7 @@ def run(args):
     # CHOICE: 20,000 examples at most. Their vectors, which take 4 N D bytes each, fit into memory, and halting learns on them.
     vectors = Vectors(adaptive.backbone, train_set, args, most=20_000)
     learn_halting(adaptive, args.tau, vectors, args, record)
-    save_model(args.out / "dact.pt", adaptive, adaptive.backbone, tokenizer, name, max_tokens, args.task)
+    save_model(args.out / "dact.pt", adaptive, tokenizer, name, max_tokens, args.task)
 
     results = evaluate(stage1.eval(), adaptive.eval(), train_set, dev_set, args)
     report(results, args)
@@ -518,21 +523,21 @@ def parse_arguments(argv):
     add("--resume", action="store_true", help="go on with the interrupted run in --out after its last finished epoch")
     add("--overwrite", action="store_true", help="start again although --out holds a run")
     add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of new weights, dropout and shuffling (default: 0)")
+    add("--seed", type=number(*RANGES["seed"]), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=PRECISIONS, help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
     add("--submit", metavar="FOLDER", help="write the test predictions of a finished run (--out) as GLUE takes them")
     add = parser.add_argument_group("the paper's settings").add_argument
-    add("--tau", type=number(float, 0, 1e3),
+    add("--tau", type=number(*RANGES["tau"]),
         help="price of a block in equation (3), in nats (default: 0.035; toy: 0.05; the paper's: 5e-3)")  # fmt: skip
-    add("--epochs", type=number(float, 1e-3, 1e4), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
-    add("--max-tokens", type=number(int, 8, 65536), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
+    add("--epochs", type=number(*RANGES["epochs"]), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
+    add("--max-tokens", type=number(*RANGES["max_tokens"]), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
     add = parser.add_argument_group("our settings").add_argument
     add("--rule", choices=dact.RULES, default="paper", help="halting rule that answers: (4), or our exact one (default: paper)")
-    add("--batch", type=number(int, 1, 65536), help="sequences in a batch (default: 32; toy: 64)")
-    add("--lr", type=number(float, 1e-12, 1e3), help="peak learning rate of all but the heads (default: 5e-5; toy: 4e-4)")
-    add("--head-lr", type=number(float, 1e-12, 1e3), default=1e-3, help="that of the DACT heads (default: 1e-3)")
-    add("--head-loss", type=number(float, 0, 1e3),
+    add("--batch", type=number(*RANGES["batch"]), help="sequences in a batch (default: 32; toy: 64)")
+    add("--lr", type=number(*RANGES["lr"]), help="peak learning rate of all but the heads (default: 5e-5; toy: 4e-4)")
+    add("--head-lr", type=number(*RANGES["head_lr"]), default=1e-3, help="that of the DACT heads (default: 1e-3)")
+    add("--head-loss", type=number(*RANGES["head_loss"]),
         help="weight of every head's own loss in stage 2, beside (3) (default: 1; toy: 0.3; the paper's: 0)")  # fmt: skip
     args = parser.parse_args(argv)
     args.task = {"sst2": "sst-2"}.get(args.task.lower(), args.task.lower())  # GLUE itself writes CoLA, SST2, SST-2
@@ -724,11 +729,12 @@ class Record:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         data.lock(self.out, self)
-        for name in RUN_FILES if not self.checkpoint else ():
+        if self.checkpoint:
+            return
+        for name in RUN_FILES:
             if not self.args.stage1 or (self.out / name).resolve() != Path(self.args.stage1).resolve():
                 (self.out / name).unlink(missing_ok=True)
-        if not self.checkpoint:
-            self.log({"settings": settings(self.args)})
+        self.log({"settings": settings(self.args)})
 
     def log(self, line):
         if rank() == 0:
@@ -851,11 +857,16 @@ def save(path, content):
 HEADS = "figure 1, halting with a layer of its own"  # what a dact.pt holds; one of other heads cannot be read
 
 
-def save_model(path, model, backbone, tokenizer, name, max_tokens, task):
+def backbone_of(model):
+    """The `bert.Bert` of a BertClassifier or a DactBert."""
+    return model.bert if isinstance(model, bert.BertClassifier) else model.backbone
+
+
+def save_model(path, model, tokenizer, name, max_tokens, task):
     """Write stage1.pt or dact.pt: all that `load_run` needs."""
     stage = 2 if isinstance(model, dact.DactBert) else 1
     save(path, {"task": task, "stage": stage, "heads": HEADS, "model": name, "max_tokens": max_tokens,
-                "config": asdict(backbone.config), "tokenizer": tokenizer.to_str(), "state": model.state_dict()})  # fmt: skip
+                "config": asdict(backbone_of(model).config), "tokenizer": tokenizer.to_str(), "state": model.state_dict()})  # fmt: skip
 
 
 class Saved(NamedTuple):
@@ -869,9 +880,8 @@ class Saved(NamedTuple):
 
     def encode(self, texts, device="cpu"):
         """Texts (str, or (str, str) for a pair) -> what the model takes: ids (B, T), segments (B, T), mask (B, T)."""
-        backbone = self.model.bert if isinstance(self.model, bert.BertClassifier) else self.model.backbone
-        examples = data.Examples(texts, [0] * len(texts))
-        dataset = data.Dataset(examples, self.tokenizer, self.max_tokens, backbone.config.pad_token_id)
+        examples, pad_id = data.Examples(texts, [0] * len(texts)), backbone_of(self.model).config.pad_token_id
+        dataset = data.Dataset(examples, self.tokenizer, self.max_tokens, pad_id)
         return to_device(dataset.batch(range(len(texts)))[0], torch.device(device))
 
 
@@ -927,7 +937,7 @@ def check_like(tensor, *others, name="a tensor"):
             raise ValueError(f"{name} is {other.dtype} {tuple(other.shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
         if other.is_meta or not other.is_contiguous():
             raise ValueError(f"{name} holds no numbers of its own")
-        if other.numel() and not torch.stack(other.aminmax()).isfinite().all():
+        if not bert.all_finite(other):
             raise ValueError(f"{name} holds a number that is not finite")
 
 

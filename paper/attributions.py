@@ -171,7 +171,9 @@ def words_of(run, i):
 
 def hardest_first(run):
     """The indices of the dev examples, those of the last group (the toy's level 3) first, where there are groups."""
-    return sorted(range(len(run.dev)), key=lambda i: bool(run.dev.groups) and run.dev.groups[i] != max(run.dev.groups))
+    groups = run.dev.groups or [""] * len(run.dev)
+    hardest = max(groups)
+    return sorted(range(len(run.dev)), key=lambda i: groups[i] != hardest)
 
 
 def check_examples(run, examples):

@@ -55,6 +55,10 @@ class Run(NamedTuple):
         """The words of the classes."""
         return data.TASKS[self.args.task].labels
 
+    def early_exit(self, *inputs):
+        """DACT's early exit under the run's own rule: `dact.Halted`."""
+        return self.dact.early_exit(*inputs, rule=dact.RULES[self.args.rule])
+
 
 def open_run(folder, data_folder=None):
     """The finished run in a folder. Raises data.InputError.
@@ -105,9 +109,7 @@ def read_metrics(folder):
                 raise ValueError("a metric is no percentage")
         if found["rule"] not in dact.RULES or found["precision"] not in train.PRECISIONS:
             raise ValueError(f"rule {found['rule']!r}, precision {found['precision']!r}")
-        ranges = {"epochs": (1e-3, 1e4), "batch": (1, 65536), "max_tokens": (8, 65536), "lr": (1e-12, 1e3), "seed": (0, 2**32 - 1),
-                  "head_lr": (1e-12, 1e3), "tau": (0, 1e3), "head_loss": (0, 1e3)}  # fmt: skip
-        for name, (low, high) in ranges.items():  # as train.py's flags have them
+        for name, (_, low, high) in train.RANGES.items():
             if not low <= found[name] <= high:
                 raise ValueError(f"{name} is {found[name]}")
         if not all(0 < part["mean_blocks"] < 1e4 for part in early):

@@ -10,7 +10,6 @@ shaded, and below each block stands the share of the examples that reach it.
 Shapes: B sequences, T tokens, D hidden size, H heads, N blocks.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import dact
 import data
 import train
 
@@ -72,7 +70,7 @@ def uniform_entropy(lengths):
 
 def reached(run, dataset):
     """The share of a dataset, 0 to 1, on which DACT runs block 1 .. N under the run's rule."""
-    exit_block = train.predict(partial(run.dact.early_exit, rule=dact.RULES[run.args.rule]), dataset, run.args).exit_block
+    exit_block = train.predict(run.early_exit, dataset, run.args).exit_block
     return [(exit_block >= n).double().mean().item() for n in range(1, len(run.dact.backbone.blocks) + 1)]
 
 

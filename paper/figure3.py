@@ -20,7 +20,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import dact
 import data
 import train
 
@@ -76,7 +75,7 @@ def first_right(run, deebert_labels, wanted=2):
 
 def dact_answer(run, i):
     """What DACT says about dev example i: `dact.Halted`."""
-    return run.dact.early_exit(*attributions.inputs_of(run, i), rule=dact.RULES[run.args.rule])
+    return run.early_exit(*attributions.inputs_of(run, i))
 
 
 def dact_row(run, i, steps):

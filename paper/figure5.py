@@ -34,7 +34,7 @@ class Panel(NamedTuple):
 def measure(run, thresholds):
     """A run's `Panel`: its dev set through DACT and through DeeBERT, which is trained first if it has not been."""
     ramps = baselines.deebert(run)
-    rules = {"DACT, rule (4)": dact.paper_rule, "DACT, exact rule": dact.exact_rule}
+    rules = {f"DACT, {title}": dact.RULES[rule] for rule, title in train.RULE_NAMES.items()}
     variants = {name: partial(run.dact.early_exit, rule=rule) for name, rule in rules.items()}
     for S in thresholds:
         variants[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))

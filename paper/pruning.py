@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import baselines
-import torch
 
 import bert
 import dact

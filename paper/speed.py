@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 
 import bert
-import dact
 import data
 import train
 
@@ -146,9 +145,9 @@ def sweep(run, part, sizes, repetitions):
 
     Variants: "full" and "early", and "padded" at batch 1: early exit of single rows as wide as others pad them.
     """
-    N, early = len(run.dact.backbone.blocks), early_exit(run)
-    variants = {"full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N), "early": early}
-    padded = {"padded": lambda *inputs: early(*widened(inputs, run.dev.pad_id, stock_width(run)))}
+    N = len(run.dact.backbone.blocks)
+    variants = {"full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N), "early": run.early_exit}
+    padded = {"padded": lambda *inputs: run.early_exit(*widened(inputs, run.dev.pad_id, stock_width(run)))}
     found = defaultdict(list)
     for _ in range(repetitions):
         for size in sizes:
@@ -158,14 +157,9 @@ def sweep(run, part, sizes, repetitions):
     return found
 
 
-def early_exit(run):
-    """The run's early exit under its rule: inputs -> `dact.Halted`."""
-    return partial(run.dact.early_exit, rule=dact.RULES[run.args.rule])
-
-
 def exit_rows(run, part, seconds, batch):
     """Early exit against full depth, and against itself with one example at a time, which is how others evaluate."""
-    exit_block = train.predict(early_exit(run), part, run.args).exit_block
+    exit_block = train.predict(run.early_exit, part, run.args).exit_block
     used = exit_block.double().mean().item() / len(run.dact.backbone.blocks)
     name, full, early = run.folder.name, seconds[batch, "full"], seconds[batch, "early"]
     ideal = [used * x for x in full]
