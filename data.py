@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import time
-import weakref
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -271,13 +270,13 @@ def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
     problem = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock(path.parent)
-        try:
+        with contextlib.ExitStack() as at_the_end:
+            if fcntl:
+                handle = os.open(path.parent, os.O_RDONLY)
+                at_the_end.callback(os.close, handle)
+                lock(handle, path.parent, wait=True)
             if not path.is_file():  # else another run downloaded it while this one waited
                 problem = try_download(url, path, part, sha256, member, attempts, pause)
-        finally:
-            if handle:
-                os.close(handle)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
     if problem:
@@ -285,23 +284,15 @@ def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
     return path
 
 
-def lock(folder, owner=None):
-    """Keep other runs out of a folder: wait for it, and return the lock; its `os.close` ends it, as does the process's end.
-
-    owner: do not wait, but raise InputError if the folder is in use; the lock ends with this object.
-    """
-    if not fcntl:  # Windows
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    if owner:
-        weakref.finalize(owner, os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if owner else 0))
-    except BlockingIOError:
-        raise InputError(f"{folder} is in use by another run; choose another --out") from None
-    except OSError:  # some network file systems have no locks
-        pass
-    return handle
+def lock(file, folder, wait=False):
+    """Keep other runs out of a folder while `file`, open in it, or its own descriptor is. Raises InputError, or waits."""
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another run; choose another --out") from None
+        except OSError:  # some network file systems have no locks
+            pass
 
 
 def try_download(url, path, part, sha256, member, attempts, pause):

@@ -13,7 +13,9 @@ Shapes: B sequences, C classes, N blocks, D hidden size; n examples of a dataset
 
 import argparse
 import copy
+import io
 import json
+import math
 import os
 import platform
 import signal
@@ -66,57 +68,60 @@ def run(args):
     """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out."""
     join_processes()
     args.device, args.precision, why = pick_hardware(args.precision)
-    record = Record(args, find_checkpoint(args))
+    check_folder(args)
+    finished = finished_stages(args)  # before an interruption: none, stage 1, or both
     torch.manual_seed(args.seed)
-    stage1, tokenizer, name = starting_model(args, args.out / "stage1.pt" if record.stage_1_is_done else args.stage1)
-    if name == SCRATCH:
-        torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and then rounds alike on any number of cores
-    max_tokens, pad_id = min(args.max_tokens, stage1.bert.config.max_tokens), stage1.bert.config.pad_token_id
+    start = finished[0] if finished else starting_model(args, args.stage1)
     splits = data.load_task(args.task, args.data)
-    train_set, dev_set = (data.Dataset(split, tokenizer, max_tokens, pad_id) for split in splits)
+    train_set, dev_set = (start.dataset(split) for split in splits)
+    settings = settings_of(args, splits)
+    check_settings(finished, settings, args.out)
     print(f"device     {args.device}, {args.precision} ({why})" + f", {num_processes()} processes" * (num_processes() > 1))
-    print(f"model      {name}, {sum(p.numel() for p in stage1.parameters()) / 1e6:.1f} M parameters")
+    print(f"model      {start.name}, {sum(p.numel() for p in start.model.parameters()) / 1e6:.1f} M parameters")
     print(f"task       {args.task}, {len(train_set)} training and {len(dev_set)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in VERSIONS.items()))
-    record.begin(train_set, dev_set)
+    record = Record(args.out, {"settings": settings}, finished, keep=args.stage1)
 
-    stage1.to(args.device)
-    if not record.stage_1_is_done:
+    stage1 = start.model.to(args.device)
+    if not finished:
         if args.stage1 is None:
             fit("stage 1", stage1.train(), stage1_loss, train_set, args, record)
-        save_model(args.out / "stage1.pt", stage1, tokenizer, name, max_tokens, args.task)
+        save_model(args.out / "stage1.pt", start._replace(settings=settings, seconds=record.seconds))
 
     torch.manual_seed(args.seed)  # stage 2 is the same whether stage 1 ran before it or was read from a file
-    adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
-    without_dropout(adaptive.backbone)
-    fit("stage 2", adaptive.train(), stage2_loss(args.tau, args.head_loss), train_set, args, record)
-    # CHOICE: 20,000 examples at most. Their vectors, which take 4 N D bytes each, fit into memory, and halting learns on them.
-    vectors = Vectors(adaptive.backbone, train_set, args, most=20_000)
-    learn_halting(adaptive, args.tau, vectors, args, record)
-    save_model(args.out / "dact.pt", adaptive, tokenizer, name, max_tokens, args.task)
+    if len(finished) > 1:
+        adaptive = finished[1].model.to(args.device)
+    else:
+        adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
+        without_dropout(adaptive.backbone)
+        fit("stage 2", adaptive.train(), stage2_loss(args.tau, args.head_loss), train_set, args, record)
+        # CHOICE: 20,000 examples at most. Their vectors, 4 N D bytes each, fit into memory, and halting learns on them.
+        learn_halting(adaptive, args.tau, Vectors(adaptive.backbone, train_set, args, most=20_000), args, record)
+        save_model(args.out / "dact.pt", start._replace(model=adaptive, settings=settings, seconds=record.seconds))
 
     results = evaluate(stage1.eval(), adaptive.eval(), train_set, dev_set, args)
     report(results, args)
-    record.finish(results, name)
-    print(f"saved      {args.out}/dact.pt and metrics.json")
+    record.finish(settings | {"model": start.name, "rule": args.rule} | results)
 
 
 def starting_model(args, stage1=None):
-    """What training starts from: (BertClassifier, Tokenizer, name of the model).
-
-    The model of the file `stage1`, if there is one, or pretrained weights, or for the toy task a tiny BERT with random ones.
-    """
+    """What training starts from, as a `Saved`: the model of the file `stage1`, if there is one, or pretrained weights, or
+    for the toy task a tiny BERT with random ones."""
     num_classes = len(data.find_task(args.task).labels)
     if stage1 is not None:
-        model, tokenizer, name, *_ = load_run(stage1, 1, args.task)
-        if args.model not in (None, name):
-            raise InputError(f"{stage1} was trained from {name}, not from {args.model}; leave --model out")
-        return model, tokenizer, name
+        start = load_run(stage1, 1, args.task)
+        if args.model not in (None, start.name):
+            raise InputError(f"{stage1} was trained from {start.name}, not from {args.model}; leave --model out")
+        return start._replace(max_tokens=min(args.max_tokens, start.config.max_tokens))
     if args.task == "toy" and args.model is None:
-        model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
-        return model.apply(bert.init_weights), bert.wordpiece_tokenizer(TOY_VOCAB), SCRATCH
-    name = args.model or "bert-base-uncased"
-    return *bert.load_pretrained(name, num_classes), name
+        torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and so it rounds alike on any machine
+        model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes)).apply(bert.init_weights)
+        name, tokenizer = SCRATCH, bert.wordpiece_tokenizer(TOY_VOCAB)
+    else:
+        name = args.model or "bert-base-uncased"
+        model, tokenizer = bert.load_pretrained(name, num_classes)
+    config = model.bert.config
+    return Saved(model, tokenizer, name, min(args.max_tokens, config.max_tokens), args.task, config)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -154,16 +159,16 @@ def without_dropout(backbone):
             module.p = 0.0
 
 
-def fit(stage, model, loss_of, train_set, args, record, checkpoints=True):
-    """Train `model` in place, in its mode (train or eval), for args.epochs; `record` shows, logs and keeps how it goes."""
+def fit(stage, model, loss_of, train_set, args, record):
+    """Train `model` in place, in its mode (train or eval), for args.epochs; `record` shows and logs how it goes."""
     torch.manual_seed(args.seed + rank())  # each process has a dropout of its own
     per_epoch = -(-len(train_set) // args.batch)
-    steps = max(1, round(args.epochs * per_epoch))
+    step, steps = 0, max(1, round(args.epochs * per_epoch))
+    record.start(stage, steps, len(train_set) / per_epoch)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-    step = record.start(stage, steps, model, optimizer)  # more than 0 after an interruption
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # the same weights, shared gradients
     while step < steps:
-        for indices in data.training_batches(train_set.lengths, args.batch, (args.seed, step // per_epoch)):
+        for indices in data.training_batches(train_set.lengths, args.batch, (args.seed, step // per_epoch))[: steps - step]:
             step += 1
             inputs, labels, weight = my_rows(train_set, indices, args.device)
             for group in optimizer.param_groups:
@@ -174,12 +179,7 @@ def fit(stage, model, loss_of, train_set, args, record, checkpoints=True):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            values = torch.stack([loss * weight, price * weight, mean_h * weight, norm]).detach()
-            record.add(step, values, len(train_set) / per_epoch)
-            if step == steps:
-                break
-        if checkpoints:
-            record.save_checkpoint(step, model, optimizer)
+            record.add(step, torch.stack([loss * weight, price * weight, mean_h * weight, norm]).detach())
     if dist.is_initialized():
         for buffer in model.buffers():  # what the last step observed differs between processes
             dist.broadcast(buffer, 0)
@@ -216,7 +216,7 @@ def learn_halting(model, tau, vectors, args, record):
         head.reset_halting()
     for name, parameter in alone.named_parameters():
         parameter.requires_grad_(".halt." in name)
-    fit("halting", alone, stage2_loss(tau), vectors, args, record, checkpoints=False)  # it takes seconds
+    fit("halting", alone, stage2_loss(tau), vectors, args, record)
 
 
 class Vectors:
@@ -470,17 +470,16 @@ def submit(args):
     """Write FOLDER/<task>.tsv: a finished run's answers by early exit, a line (index, label word) per test example."""
     join_processes()
     args.device, args.precision, _ = pick_hardware(args.precision)
-    model, tokenizer, _, max_tokens, _ = load_run(args.out / "dact.pt", 2, args.task)  # before anything is downloaded
-    examples = data.load_test(args.task, args.data)
-    model.to(args.device).eval()
-    test = data.Dataset(examples, tokenizer, max_tokens, model.backbone.config.pad_token_id)
+    saved = load_run(args.out / "dact.pt", 2, args.task)  # before anything is downloaded
+    examples, model = data.load_test(args.task, args.data), saved.model.to(args.device).eval()
+    test = saved.dataset(examples)
     labels, exit_block = predict(partial(model.early_exit, rule=dact.RULES[args.rule]), test, args)
     folder, words = Path(args.submit), data.TASKS[args.task].labels
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(examples.groups):
         rows = [words[i] for i, group in zip(labels.tolist(), examples.groups) if group == name]
         text = "index\tprediction\n" + "".join(f"{i}\t{word}\n" for i, word in enumerate(rows))
-        write_whole(folder / f"{name}.tsv", lambda file, text=text: file.write(text.encode()))
+        write_whole(folder / f"{name}.tsv", text.encode())
         print(f"saved      {folder / name}.tsv, {len(rows)} predictions")
     print("GLUE's server takes one zip with a file for each task, also STS-B.tsv: any number from 0 to 5 for its 1379 lines")
     print(f"mean block {exit_block.double().mean().item():.2f} of {len(model.backbone.blocks)} ({RULE_NAMES[args.rule]})")
@@ -502,7 +501,7 @@ def main(argv=None):
         print("error: the memory is full; try a smaller --batch or --max-tokens", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        more = "; the same command with --resume goes on after the last finished epoch" if action is run else ""
+        more = "; the same command with --resume goes on after the last finished stage" if action is run else ""
         print(f"interrupted{more}", file=sys.stderr)
         return 130
     return 0
@@ -520,7 +519,7 @@ def parse_arguments(argv):
     add("--model", help="bert-base-uncased (the default), bert-small, roberta-base, ..., or a folder or zip of yours")
     add("--out", help="folder that the run leaves (default: runs/TASK)")
     add("--explain", nargs="+", metavar="TEXT", help="show the equations at work on a sentence or pair (run: --out)")
-    add("--resume", action="store_true", help="go on with the interrupted run in --out after its last finished epoch")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out after its last finished stage")
     add("--overwrite", action="store_true", help="start again although --out holds a run")
     add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
     add("--seed", type=number(*RANGES["seed"]), default=0, help="of new weights, dropout and shuffling (default: 0)")
@@ -653,236 +652,173 @@ def my_batches(dataset, args):
 
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}
-RUN_FILES = ("log.jsonl", "checkpoint.pt", "stage1.pt", "dact.pt", "metrics.json")
+RUN_FILES = ("log.jsonl", "stage1.pt", "dact.pt", "metrics.json")
 
 
-def settings(args):
-    """What decides the numbers of a run, as its files keep it: only a run of the same settings goes on from a checkpoint."""
+def settings_of(args, splits):
+    """What decides the numbers of a run, as its files keep it: only a run of the same settings goes on with them."""
     names = "task model stage1 epochs batch max_tokens lr head_lr tau head_loss seed precision".split()
-    return {name: getattr(args, name) for name in names} | {"processes": num_processes()}
+    sums = [zlib.crc32(repr((split.texts, split.labels)).encode()) for split in splits]
+    return {name: getattr(args, name) for name in names} | {"processes": num_processes(), "data": sums}
 
 
-def find_checkpoint(args):
-    """Look at args.out before anything is loaded or written: the checkpoint to go on from, or None to begin.
-
-    Raises InputError if args.out holds a run, unless it is to be overwritten, or resumed and has the same settings.
-    """
+def check_folder(args):
+    """Raise InputError if args.out holds a run, unless it is unfinished and --resume is given, or is to be overwritten."""
     held = [name for name in RUN_FILES if (args.out / name).exists()]
     if not held or (args.overwrite and not args.resume):
-        return None
+        return
     if "metrics.json" in held:
         what = "choose another --out, or start again with --overwrite and without --resume"
         raise InputError(f"{args.out} holds a finished run; {what}")
     if not args.resume:
         what = "go on with --resume, choose another --out, or start again with --overwrite"
         raise InputError(f"{args.out} holds an unfinished run; {what}")
-    if "checkpoint.pt" not in held:
-        return None
-    checkpoint, wanted = read_checkpoint(args.out / "checkpoint.pt"), settings(args)
-    found = checkpoint["settings"]
-    for name, value in wanted.items():
-        if type(found.get(name)) is not type(value) or found[name] != value:
-            was = f"{args.out}: its run has {name} {data.plain(repr(found.get(name)))}, not {value!r}"
-            raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
-    if checkpoint["stage"] not in ("stage 1", "stage 2"):
-        raise InputError(f"{args.out}: checkpoint.pt is of no stage of a run; start again with --overwrite")
-    return checkpoint
 
 
-def read_checkpoint(path):
-    """The content of a checkpoint.pt, of the kinds that are relied on. Raises InputError."""
-    checkpoint = bert.load_pickle(path)
-    with data.reading(path, "start again with --overwrite"):
-        checkpoint = dict(checkpoint)
-        kinds = {"stage": str, "step": int, "settings": dict, "seconds": dict, "log_bytes": int, "model": dict,
-                 "optimizer": dict, "rows": torch.Tensor}  # fmt: skip
-        for name, kind in kinds.items():
-            if not isinstance(checkpoint[name], kind) or isinstance(checkpoint[name], bool):
-                raise TypeError(f"{name} of another kind")
-        rows, times = checkpoint["rows"], checkpoint["seconds"].values()
-        check_like(torch.zeros(len(rows), 4), rows, name="rows")
-        if checkpoint["step"] < 0 or checkpoint["log_bytes"] < 0 or not all(type(time) is float for time in times):
-            raise ValueError("a number out of its range")
-    return checkpoint
+def finished_stages(args):
+    """What --resume goes on with: the `Saved` of stage1.pt and of dact.pt in args.out, as far as they are there."""
+    finished = []
+    for stage, name in ((1, "stage1.pt"), (2, "dact.pt")):
+        if not args.resume or not (args.out / name).exists():
+            break
+        finished.append(load_run(args.out / name, stage))
+        print(f"resumed    after stage {stage}")
+    if len(set(gather(len(finished)))) > 1:
+        raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
+    return finished
+
+
+def check_settings(finished, settings, folder):
+    """Raise InputError unless the stages (`Saved`) that a run goes on from have its own settings."""
+    for name, value in settings.items():
+        for found in (saved.settings.get(name) for saved in finished):
+            if found != value:
+                was = f"{folder}: its run has {name} {data.plain(repr(found))}, not {value!r}"
+                raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
 
 
 class Record:
-    """How a run goes: on the screen, in log.jsonl and checkpoint.pt, and at its end in metrics.json.
+    """How training goes, on the screen and in log.jsonl, and how long each stage took.
 
-    lines: how many a stage shows and logs.
+    first: the log's first line. finished: the stages (`Saved`) that the run goes on from; if there are none, `folder` loses
+    the files of an earlier run, but for the file `keep`. lines: how many a stage shows and logs. The folder is this
+    record's alone for as long as there is one.
     """
 
-    def __init__(self, args, checkpoint=None, lines=20):
-        self.args, self.out, self.checkpoint, self.lines = args, args.out, checkpoint, lines
-        if len(set(gather(checkpoint and (checkpoint["stage"], checkpoint["step"])))) > 1:
-            raise InputError(f"{self.out} does not hold the same run for every process; name a folder that all share")
-        self.data = None  # checksums of what is trained on; what is trained beside a run (paper/) has none
-        self.stage_1_is_done = checkpoint is not None and checkpoint["stage"] == "stage 2"  # and left its file
-        self.seconds = checkpoint["seconds"] if checkpoint else {"stage 1": 0.0}
-
-    def begin(self, train, dev):
-        """Make args.out the folder of this run alone: none of an earlier run's RUN_FILES in it, and the settings in its log."""
-        self.data = [zlib.crc32(torch.cat([*part.input_ids, part.labels]).numpy().tobytes()) for part in (train, dev)]
-        if self.checkpoint and self.checkpoint.get("data") != self.data:
-            raise InputError(f"{self.out}: its run was on other data; give the same, or choose another --out")
+    def __init__(self, folder, first, finished=(), keep=None, lines=20):
+        self.folder, self.lines, self.seconds = folder, lines, dict(finished[-1].seconds) if finished else {"stage 1": 0.0}
         if rank() > 0:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        data.lock(self.out, self)
-        if self.checkpoint:
-            return
-        for name in RUN_FILES:
-            if not self.args.stage1 or (self.out / name).resolve() != Path(self.args.stage1).resolve():
-                (self.out / name).unlink(missing_ok=True)
-        self.log({"settings": settings(self.args)})
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115, the lock on it lasts as long as it
+        data.lock(self.file, folder)
+        if not finished:
+            self.file.truncate(0)
+            for name in RUN_FILES[1:]:
+                if not keep or (folder / name).resolve() != Path(keep).resolve():
+                    (folder / name).unlink(missing_ok=True)
+        self.log(first)
 
     def log(self, line):
         if rank() == 0:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), file=self.file, flush=True)
 
-    def start(self, stage, steps, model, optimizer):
-        """A stage begins, or goes on where the checkpoint has it: the steps done."""
-        self.stage, self.steps, self.done, self.values, self.rows = stage, steps, 0, [], torch.empty(0, 4)
-        saved, path = self.checkpoint, self.out / "checkpoint.pt"
-        if rank() == 0:
-            (self.out / "log.jsonl").touch()
-        if saved and saved["stage"] == stage:
-            with data.reading(path, "it is of another model or machine; start again with --overwrite"):
-                check_state(saved["model"], model)
-                model.load_state_dict(saved["model"])
-                own, theirs = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
-                if [group | {"lr": 0} for group in own] != [group | {"lr": 0} for group in theirs]:
-                    raise ValueError("the optimiser has other settings")
-                optimizer.load_state_dict(saved["optimizer"])
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:  # the fused optimiser would write past the end of other moments
-                        moments = optimizer.state[parameter]
-                        check_like(parameter, moments["exp_avg"], moments["exp_avg_sq"])
-                        check_like(torch.tensor(0.0), moments["step"].cpu())
-                if not 0 < saved["step"] <= steps:
-                    raise ValueError("it goes on where this run cannot be")
-                torch.set_rng_state(saved["random"][rank()]["cpu"])
-                if self.args.device.type == "cuda":
-                    torch.cuda.set_rng_state(saved["random"][rank()]["cuda"])
-                self.done, self.rows, log_bytes = saved["step"], saved["rows"], saved["log_bytes"]
-            if rank() == 0:  # what came after the last finished epoch comes again
-                os.truncate(self.out / "log.jsonl", min(log_bytes, (self.out / "log.jsonl").stat().st_size))
-            print(f"resumed    {stage} after step {self.done}")
-        self.began, self.earlier = time.perf_counter(), self.seconds.get(stage, 0.0)
-        return self.done
+    def start(self, stage, steps, examples):
+        """A stage of so many steps begins; examples: in a step, on average."""
+        self.stage, self.steps, self.examples, self.rows, self.began = stage, steps, examples, [], time.perf_counter()
 
-    def add(self, step, values, examples):
-        """What a step gave, (loss, price, mean h, gradient's norm); a line after so many. examples: of a step, on average."""
-        self.values.append(values)  # left on the device, for reading them would stall it
-        if step % max(1, self.steps // self.lines) == 0 or step == self.steps:
-            self.collect(step)
-            self.show(step, *self.rows.mean(0).tolist()[:3], (step - self.done) / (time.perf_counter() - self.began), examples)
-            self.rows = self.rows[:0]
-
-    def collect(self, step):
-        """Fetch what the last steps gave, of all processes. Raises InputError if a loss or a gradient is no number."""
-        if self.values:
-            rows = torch.stack(gather(torch.stack(self.values).cpu())).mean(0)
-            self.rows, self.values = torch.cat([self.rows, rows]), []
-        self.seconds[self.stage] = self.earlier + time.perf_counter() - self.began
-        bad = (~self.rows[:, [0, 3]].isfinite()).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            what = f"the {('loss', 'norm of the gradient')[column]} is {self.rows[row, 3 * column]}"
-            step -= len(self.rows) - 1 - row  # the last row is this step's
-            raise InputError(f"{self.stage}: {what} at step {step}; add --overwrite and a smaller --lr or --head-lr")
-
-    def show(self, step, loss, price, mean_h, speed, examples):
-        """A line in the log and one on the screen, which on a terminal overwrites itself. speed: steps a second."""
+    def add(self, step, row):
+        """What a step gave, (loss, price, mean h, gradient's norm), as a tensor (4,) that stays on the device."""
+        self.rows.append(row)  # to read it now would make the device wait
+        if step % max(1, self.steps // self.lines) and step < self.steps:
+            return
+        rows, self.rows = torch.stack(gather(torch.stack(self.rows).cpu())).mean(0), []
+        for row, number in zip(rows.tolist(), range(step - len(rows) + 1, step + 1)):
+            for what, value in (("loss", row[0]), ("norm of the gradient", row[3])):
+                if not math.isfinite(value):
+                    what = f"{self.stage}: the {what} is {value} at step {number}"
+                    raise InputError(f"{what}; start again with a smaller --lr or --head-lr")
+        loss, price, mean_h, _ = rows.mean(0).tolist()
+        seconds = self.seconds[self.stage] = time.perf_counter() - self.began
+        speed, minutes = step * self.examples / seconds, (self.steps - step) * seconds / step / 60
         halting = {"price": price, "mean_h": mean_h} if mean_h else {}
-        speeds = {"examples_per_second": speed * examples}
-        self.log({"stage": self.stage, "step": step, "loss": loss, **halting, **speeds})
+        self.log({"stage": self.stage, "step": step, "loss": loss, **halting, "examples_per_second": speed})
         line = f"{self.stage} {step:>6}/{self.steps}  loss {loss:.4f}"
         line += f"  price {price:.4f}  mean h {mean_h:.3f}" if halting else ""
-        line += f"{speed * examples:>8.0f}/s {(self.steps - step) / speed / 60:>5.1f} min left"
-        print(line, end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)
+        line += f"{speed:>8.0f}/s {minutes:>5.1f} min left"
+        print(line, end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)  # overwritten on a terminal
 
-    def save_checkpoint(self, step, model, optimizer):
-        """All that training needs to go on from here to the same numbers."""
-        self.collect(step)
-        cuda = self.args.device.type == "cuda"
-        random = gather({"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if cuda else {}))
-        if rank() == 0:
-            place = {"stage": self.stage, "step": step, "seconds": self.seconds, "settings": settings(self.args)}
-            place |= {"rows": self.rows, "data": self.data, "log_bytes": (self.out / "log.jsonl").stat().st_size}
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random}
-            save(self.out / "checkpoint.pt", place | state)
-
-    def finish(self, results, name):
-        """Write metrics.json; the checkpoint goes, and the other processes."""
+    def finish(self, results):
+        """Write metrics.json; the other processes go."""
         seconds = {stage.replace(" ", ""): took for stage, took in self.seconds.items()} | results["seconds"]
-        content = settings(self.args) | {"model": name, "rule": self.args.rule} | results
-        content |= {"seconds": seconds, "versions": VERSIONS}
-        write_whole(self.out / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
-        if rank() == 0:
-            (self.out / "checkpoint.pt").unlink(missing_ok=True)
+        content = results | {"seconds": seconds, "versions": VERSIONS}
+        write_whole(self.folder / "metrics.json", json.dumps(content, indent=1).encode())
+        print(f"saved      {self.folder}/dact.pt and metrics.json")
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def write_whole(path, write):
-    """Call `write(file)` on a file beside `path` and rename it, in the first process: `path` is never half written."""
+def write_whole(path, content):
+    """Write bytes beside `path` and rename, in the first process: `path` is never half written, and outlives a loss of power."""
     if rank() > 0:
         return
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name, too, is to outlive a loss of power
-            folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
+        if hasattr(os, "O_DIRECTORY"):  # the new name, too
+            folder = os.open(part.parent, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
-    except RuntimeError as error:  # torch.save turns whatever ends a write into one
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        reason = error.__context__ if isinstance(error.__context__, OSError) else "the disk may be full"
-        raise InputError(f"cannot write {path} ({reason}); free some space, then add --resume") from None
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); free some space and go on (train.py: add --resume)") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def save(path, content):
-    write_whole(path, lambda file: torch.save(content, file))
-
-
-HEADS = "figure 1, halting with a layer of its own"  # what a dact.pt holds; one of other heads cannot be read
-
-
-def backbone_of(model):
-    """The `bert.Bert` of a BertClassifier or a DactBert."""
-    return model.bert if isinstance(model, bert.BertClassifier) else model.backbone
-
-
-def save_model(path, model, tokenizer, name, max_tokens, task):
-    """Write stage1.pt or dact.pt: all that `load_run` needs."""
-    stage = 2 if isinstance(model, dact.DactBert) else 1
-    save(path, {"task": task, "stage": stage, "heads": HEADS, "model": name, "max_tokens": max_tokens,
-                "config": asdict(backbone_of(model).config), "tokenizer": tokenizer.to_str(), "state": model.state_dict()})  # fmt: skip
+def torch_bytes(content):
+    """What torch.save makes of something. In memory first: when a file fails, torch does not say why."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 class Saved(NamedTuple):
-    """A model of a finished run, with what it takes to use it."""
+    """A model of a run and what it takes to use it: the content of a stage1.pt or dact.pt."""
 
-    model: torch.nn.Module  # a BertClassifier (stage 1) or a DactBert (stage 2), on the CPU
+    model: torch.nn.Module  # a BertClassifier (stage 1) or a DactBert (stage 2), on the CPU when read from a file
     tokenizer: Tokenizer
     name: str  # of the model that training started from
     max_tokens: int  # longer inputs are cut
     task: str
+    config: bert.BertConfig
+    settings: dict = {}  # of the run; see `settings_of`
+    seconds: dict = {}  # {stage: how long its training took}
+
+    def dataset(self, examples):
+        return data.Dataset(examples, self.tokenizer, self.max_tokens, self.config.pad_token_id)
 
     def encode(self, texts, device="cpu"):
         """Texts (str, or (str, str) for a pair) -> what the model takes: ids (B, T), segments (B, T), mask (B, T)."""
-        examples, pad_id = data.Examples(texts, [0] * len(texts)), backbone_of(self.model).config.pad_token_id
-        dataset = data.Dataset(examples, self.tokenizer, self.max_tokens, pad_id)
+        dataset = self.dataset(data.Examples(texts, [0] * len(texts)))
         return to_device(dataset.batch(range(len(texts)))[0], torch.device(device))
+
+
+VERSION = 2  # of the files below; an older one has other heads, or other names
+KINDS = {"task": str, "stage": int, "model": str, "max_tokens": int, "config": dict, "tokenizer": str, "state": dict,
+         "settings": dict, "seconds": dict}  # fmt: skip
+
+
+def save_model(path, saved):
+    """Write stage1.pt or dact.pt: all that `load_run` needs."""
+    stage = 2 if isinstance(saved.model, dact.DactBert) else 1
+    content = {"version": VERSION, "task": saved.task, "stage": stage, "model": saved.name, "max_tokens": saved.max_tokens,
+               "config": asdict(saved.config), "tokenizer": saved.tokenizer.to_str(), "state": saved.model.state_dict(),
+               "settings": saved.settings, "seconds": saved.seconds}  # fmt: skip
+    write_whole(path, torch_bytes(content))
 
 
 def load_run(path, stage=2, task=None):
@@ -895,20 +831,22 @@ def load_run(path, stage=2, task=None):
         raise InputError(f"{path}: no such file; name a run that finished this stage")
     saved = bert.load_pickle(path)
     with data.reading(path, "it is no model of a run; name another file"):
-        found, tokenizer = (saved["task"], saved["stage"]), Tokenizer.from_str(saved["tokenizer"])
-        name, max_tokens, state, config = (saved[key] for key in ("model", "max_tokens", "state", "config"))
-        if not isinstance(found[0], str) or type(found[1]) is not int or not isinstance(name, str):
-            raise TypeError("a field of another kind")
-    task = task or found[0]
-    if found != (task, stage):
+        version = saved["stage"] and saved.get("version")
+        if version == VERSION:
+            for key, kind in KINDS.items():
+                if not isinstance(saved[key], kind):
+                    raise TypeError(f"{key} is no {kind.__name__}")
+            tokenizer = Tokenizer.from_str(saved["tokenizer"])
+    if version != VERSION:
+        raise InputError(f"{path}: written by another version of dact-bert; train again")
+    task, found = task or saved["task"], data.plain(saved["task"])
+    if (saved["task"], saved["stage"]) != (task, stage):
         wanted = f"expected stage {stage} on {task!r}"
-        raise InputError(f"{path}: stage {found[1]} of a run on {data.plain(found[0])!r}, {wanted}; name another one")
-    if stage == 2 and saved.get("heads") != HEADS:
-        raise InputError(f"{path}: written by a version of dact-bert that had other heads; train again")
-    config = bert.BertConfig.from_dict(config, str(path))
+        raise InputError(f"{path}: stage {saved['stage']} of a run on {found!r}, {wanted}; name another one")
+    config, max_tokens = bert.BertConfig.from_dict(saved["config"], str(path)), saved["max_tokens"]
     bert.check_tokenizer(tokenizer, config, path)
-    if type(max_tokens) is not int or not 8 <= max_tokens <= config.max_tokens:
-        raise InputError(f"{path}: max_tokens is {data.plain(max_tokens)!r}, for {config.max_tokens} positions; name another run")
+    if not 8 <= max_tokens <= config.max_tokens:
+        raise InputError(f"{path}: max_tokens is {max_tokens}, for {config.max_tokens} positions; name another run")
     num_classes = len(data.find_task(task).labels)
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         model = bert.Bert(config)
@@ -917,28 +855,22 @@ def load_run(path, stage=2, task=None):
         else:
             model = dact.DactBert(model, num_classes)
     with data.reading(path, "its weights do not fit its own config; name another run"):
-        check_state(state, model)
-        model.load_state_dict(state, assign=True)
-    return Saved(model, tokenizer, data.plain(name, 200), max_tokens, task)
+        check_state(saved["state"], model)
+        model.load_state_dict(saved["state"], assign=True)
+    return Saved(model, tokenizer, data.plain(saved["model"], 200), max_tokens, task, config, saved["settings"], saved["seconds"])
 
 
 def check_state(state, model):
-    """Raise ValueError unless a state dict has tensors of the very kinds that the model's own are of."""
+    """Raise ValueError unless a state dict has tensors of the very kinds that the model's own are of, and finite."""
     wanted = model.state_dict()
     if state.keys() != wanted.keys():
         raise ValueError(f"other tensors, such as {min(state.keys() ^ wanted.keys())}")
     for name, tensor in wanted.items():
-        check_like(tensor, state[name], name=name)
-
-
-def check_like(tensor, *others, name="a tensor"):
-    for other in others:
+        other = state[name]
         if (other.shape, other.dtype, other.layout) != (tensor.shape, tensor.dtype, tensor.layout):
             raise ValueError(f"{name} is {other.dtype} {tuple(other.shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
-        if other.is_meta or not other.is_contiguous():
-            raise ValueError(f"{name} holds no numbers of its own")
-        if not bert.all_finite(other):
-            raise ValueError(f"{name} holds a number that is not finite")
+        if other.is_meta or not other.is_contiguous() or not bert.all_finite(other):
+            raise ValueError(f"{name} holds a number that is not finite, or none of its own")
 
 
 def interrupt(*_):

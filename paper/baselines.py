@@ -15,6 +15,7 @@ Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import sys
@@ -72,13 +73,10 @@ def open_run(folder, data_folder=None):
     args.device, args.precision, _ = train.pick_hardware(args.precision)
     if args.model == train.SCRATCH:
         torch.set_num_threads(1)  # as train.py
-    stage1, tokenizer, _, max_tokens, _ = train.load_run(folder / "stage1.pt", 1, args.task)
-    adaptive = train.load_run(folder / "dact.pt", 2, args.task).model
-    pad_id = stage1.bert.config.pad_token_id
-    splits = [data.Dataset(split, tokenizer, max_tokens, pad_id) for split in data.load_task(args.task, args.data)]
-    for model in (stage1, adaptive):
-        model.to(args.device).eval()
-    return Run(folder, trained_folder(folder), args, metrics, stage1, adaptive, tokenizer, *splits)
+    first, second = (train.load_run(folder / f"{name}.pt", stage, args.task) for stage, name in ((1, "stage1"), (2, "dact")))
+    models = [saved.model.to(args.device).eval() for saved in (first, second)]
+    splits = [first.dataset(split) for split in data.load_task(args.task, args.data)]
+    return Run(folder, trained_folder(folder), args, metrics, *models, first.tokenizer, *splits)
 
 
 # The part of metrics.json that is relied on here
@@ -278,8 +276,7 @@ def ramps(run, vectors, loss, name):
 
     def train_them(args, record):
         exits.heads.train()[-1].eval().requires_grad_(False)
-        train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record,
-                  checkpoints=False)  # fmt: skip
+        train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record)
 
     train_or_load(run, name, exits.heads, train_them)
     return exits.eval()
@@ -304,7 +301,7 @@ def first_blocks(run, k):
     args = copy.copy(run.args)
     args.model = None if args.model == train.SCRATCH else args.model
     torch.manual_seed(args.seed)
-    model = train.starting_model(args)[0]
+    model = train.starting_model(args).model
     model.bert.blocks = model.bert.blocks[:k]
     model.bert.config = replace(model.bert.config, num_hidden_layers=k)
     return trained(run, f"first-{k}", model.to(run.args.device), train.stage1_loss)
@@ -329,7 +326,7 @@ def trained(run, name, model, loss):
 def train_or_load(run, name, model, train_it):
     """`model` with the weights of the run's <name>.pt. If there is none, train_it(args, record) makes them first.
 
-    An interrupted training goes on where it was. args: the run's settings; record: the `train.Record` for `train.fit`.
+    args: the run's settings; record: the `train.Record` for `train.fit`.
     """
     path = run.trained / f"{name.lower()}.pt"
     if path.exists():
@@ -338,17 +335,9 @@ def train_or_load(run, name, model, train_it):
             train.check_state(saved, model)
             model.load_state_dict(saved)
         return model.eval()
-    args = argparse.Namespace(**vars(run.args) | {"out": run.trained / name.lower()})
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out / "checkpoint.pt"
-    try:
-        lines = 20 if sys.stdout.isatty() else 1  # scripts train many systems
-        train_it(args, train.Record(args, train.read_checkpoint(checkpoint) if checkpoint.exists() else None, lines))
-    except data.InputError as error:
-        what = str(error).partition(";")[0]  # after it stand flags of train.py
-        raise data.InputError(f"{what}; repeat the command, or delete {args.out} to train {name} anew") from None
-    checkpoint.unlink(missing_ok=True)
-    train.save(path, model.state_dict())
+    lines = 20 if sys.stdout.isatty() else 1  # scripts train many systems
+    train_it(copy.copy(run.args), train.Record(path.with_suffix(""), {"system": name}, lines=lines))
+    train.write_whole(path, train.torch_bytes(model.state_dict()))
     return model.eval()
 
 
@@ -408,7 +397,7 @@ def learned_entropy_dact(run, exits, vectors, tied, S):
     def train_it(args, record):
         # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
         args.epochs, args.head_lr = 10 * args.epochs, 5e-2
-        train.fit(name, train.over_vectors(model), train.stage2_loss(args.tau), vectors(), args, record, checkpoints=False)
+        train.fit(name, train.over_vectors(model), train.stage2_loss(args.tau), vectors(), args, record)
 
     train_or_load(run, name, model.heads, train_it)
     return model.eval()
@@ -444,7 +433,9 @@ def logits_of(model, vectors, args):
 
 def save_figure(figure, path, dpi=150):
     """Write a figure of matplotlib as a PNG, whole or not at all."""
-    train.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    train.write_whole(path, content.getbuffer())
 
 
 def show_panels(panels, table, draw, path):

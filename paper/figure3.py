@@ -54,7 +54,7 @@ def main(argv):
         examples = args.examples or first_right(run, labels)
         rows = {i: [deebert_row(run, exits, S, i, args.steps), dact_row(run, i, args.steps)] for i in examples}
         text = page(run, rows).encode()
-        train.write_whole(run.folder / "figure3.html", lambda file, text=text: file.write(text))
+        train.write_whole(run.folder / "figure3.html", text)
         draw(run, rows, run.folder / "figure3.png")
         for i, pair in rows.items():
             for row in pair:

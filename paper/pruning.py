@@ -14,12 +14,11 @@ stands. No training example does; how many dev examples do is measured.
 """
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import baselines
 
-import bert
 import dact
 import data
 import train
@@ -37,8 +36,8 @@ def prune(model, K):
 def save_pruned(run, K):
     """Write the run's dact.pt again, as pruned.pt, with K blocks: the path."""
     small, path = prune(run.dact, K).cpu(), run.folder / "pruned.pt"
-    content = bert.load_pickle(run.folder / "dact.pt")
-    train.save(path, content | {"config": asdict(small.backbone.config), "state": small.state_dict()})
+    saved = train.load_run(run.folder / "dact.pt")
+    train.save_model(path, saved._replace(model=small, config=small.backbone.config))
     return path
 
 

@@ -80,7 +80,7 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(markdown(*what, results) for what, results in tables.items())
     print("\n" + text)
-    train.write_whole(out / "table1.md", lambda file: file.write(text.encode()))
+    train.write_whole(out / "table1.md", text.encode())
     draw(tables, out / "table1.png")
     print(f"saved {out}/table1.md and table1.png")
 
@@ -113,7 +113,7 @@ def measured(folder, data_folder, systems):
     run = baselines.open_run(folder, data_folder)
     result = {"systems": systems} | measure(run, systems)
     path.parent.mkdir(exist_ok=True)
-    train.write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    train.write_whole(path, json.dumps(result, indent=1).encode())
     return result
 
 

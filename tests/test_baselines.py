@@ -180,7 +180,7 @@ def test_precision(run, monkeypatch):
     (run.folder / "metrics.json").write_text(json.dumps(metrics))
     run, used = baselines.open_run(run.folder), {}
 
-    def fit(name, model, loss, dataset, args, record, checkpoints=True):
+    def fit(name, model, loss, dataset, args, record):
         used[name] = args.precision
         with train.autocast(args):
             assert model(*dataset.batch(np.arange(4))[0]).dtype == torch.float32 or name == "longer"
@@ -191,21 +191,19 @@ def test_precision(run, monkeypatch):
     assert used == dict.fromkeys(("DeeBERT", "FastBERT", "PABEE", "longer"), "bfloat16")
 
 
-def test_an_interrupted_system_goes_on(run, monkeypatch, capsys):
-    """16 steps an epoch, stopped in the second epoch of two."""
-    run.args.epochs = 2
+def test_an_interrupted_system_is_trained_again(run, monkeypatch):
     whole, add = weights(baselines.pabee(run)), train.Record.add
     (run.trained / "pabee.pt").unlink()
 
     def stop(record, step, *rest):
-        if step > 20:
+        if step > 10:
             raise KeyboardInterrupt
         add(record, step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Record, "add", stop)
         baselines.pabee(run)
-    assert same(whole, weights(baselines.pabee(run))) and "resumed" in capsys.readouterr().out
+    assert same(whole, weights(baselines.pabee(run)))
 
 
 def test_what_is_trained_belongs_to_one_run(run):
@@ -499,26 +497,9 @@ def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys, monkeyp
     assert capsys.readouterr().out.count("**toy") == 1
 
 
-def test_a_system_that_cannot_be_trained_names_no_flags_of_train(run, monkeypatch):
-    def fit(*_, **__):
-        raise data.InputError("the loss is nan at step 3; start again with a smaller --lr")
-
-    monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(data.InputError, match=r"nan at step 3; repeat .*deebert to train DeeBERT anew$"):
-        baselines.deebert(run)
-
-
 @pytest.mark.parametrize(
     "broken",
-    [
-        {"rule": "papper"},
-        {"precision": "bf16"},
-        {"batch": 0},
-        {"epochs": -1},
-        {"seed": -1},
-        {"rules": {}},
-        {"dact": {}},
-    ],
+    [{"rule": "papper"}, {"precision": "bf16"}, {"batch": 0}, {"epochs": -1}, {"seed": -1}, {"rules": {}}, {"dact": {}}],
 )
 def test_metrics_that_no_run_has(run, broken):
     path = run.folder / "metrics.json"
