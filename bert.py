@@ -21,6 +21,7 @@ import struct
 import warnings
 import zipfile
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -359,21 +360,28 @@ def load_pretrained(name, num_classes):
     path = find_model(name)
     print(f"reading    {path}")
     files = list_files(path)
-    config_name = "bert_config.json" if "bert_config.json" in files else "config.json"
-    if config_name not in files:
-        what = "neither bert_config.json (Google) nor config.json (Hugging Face) in it"
-        raise InputError(f"{path}: {what}; give the folder that holds the checkpoint")
-    tensors, values = read_weights(path, files), read_json(path, config_name)
-    if isinstance(values, dict) and any("roberta." in name for name in tensors):
-        values = {"model_type": "roberta"} | values
-        if values["model_type"] != "roberta":
-            raise InputError(f"{path}: {config_name} says {plain(values['model_type'])!r}, but the weights are a RoBERTa's")
-    config = BertConfig.from_dict(values, f"{path}: {config_name}")
-    if config_name == "config.json" and "model_type" not in values and "vocab.json" in files and not config.first_position:
-        raise InputError(f'{path}: config.json does not say what it is; add "model_type", roberta or bert')
+    tensors = open_weights(path, files)
+    config = read_config(path, files, tensors)
     model, tokenizer = build(config, num_classes, tensors, path), read_tokenizer(path, files)
     check_tokenizer(tokenizer, config, path)
     return model, tokenizer
+
+
+def read_config(path, files, tensors):
+    """The `BertConfig` of a checkpoint. The names of its weights tell a RoBERTa where config.json does not."""
+    file = next((name for name in ("bert_config.json", "config.json") if name in files), None)
+    if not file:
+        what = "neither bert_config.json (Google) nor config.json (Hugging Face) in it"
+        raise InputError(f"{path}: {what}; give the folder that holds the checkpoint")
+    values = read_json(path, file)
+    if isinstance(values, dict) and any("roberta." in name for name in tensors):
+        values = {"model_type": "roberta"} | values
+        if values["model_type"] != "roberta":
+            raise InputError(f"{path}: {file} says {plain(values['model_type'])!r}, but the weights are a RoBERTa's")
+    config = BertConfig.from_dict(values, f"{path}: {file}")
+    if file == "config.json" and "model_type" not in values and "vocab.json" in files and not config.first_position:
+        raise InputError(f'{path}: config.json does not say what it is; add "model_type", roberta or bert')
+    return config
 
 
 def check_tokenizer(tokenizer, config, source):
@@ -404,14 +412,19 @@ class NoRandomStart(TorchFunctionMode):
 
 
 def build(config, num_classes, tensors, source):
-    """A BertClassifier that has `tensors` {name in a Hugging Face checkpoint: tensor}, in float32, as its weights."""
+    """A BertClassifier with the weights `tensors`, {name in a checkpoint: function that reads it}, in float32.
+
+    What does not belong to BERT itself is left out, with a note.
+    """
+    left_out = sorted((bool(NO_WEIGHT.search(name)), name) for name in tensors if not is_encoder(name))
+    if left_out:
+        print(f"note: {source}: left out, for they are not BERT itself: {name_some([name for _, name in left_out])}")
     ours, theirs = our_names(config), {}
-    for name in tensors:
+    for name in filter(is_encoder, tensors):
         if theirs.setdefault(standard_name(name), name) != name:
             raise InputError(f"{source}: {plain(name)} is there under another name too; give the checkpoint as it came")
     with torch.device("meta"), NoRandomStart():  # no memory for what the checkpoint overwrites
         model = BertClassifier(Bert(config), Classifier(config, num_classes))
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing, left_over = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     if missing == ["pooler.dense.bias", "pooler.dense.weight"]:
         print(f"note: {source} has no pooler; it starts from random weights")
@@ -419,15 +432,15 @@ def build(config, num_classes, tensors, source):
         raise InputError(f"{source}: missing {name_some(missing)}; give a complete checkpoint that fits its config")
     if left_over:
         raise InputError(f"{source}: no place for {name_some(left_over)}; give a checkpoint that fits its config")
-    state = {}
+    shapes, state = {key: tuple(value.shape) for key, value in model.state_dict().items()}, {}
     for name, original in theirs.items():
-        tensor, wanted = tensors[original], shapes[ours[name]]
+        tensor, wanted = tensors[original](), shapes[ours[name]]
         if tuple(tensor.shape) != wanted:
             shape = f"{plain(original)} has shape {plain(tuple(tensor.shape))}, the config asks for {wanted}"
             raise InputError(f"{source}: {shape}; give the config that came with the weights")
-        state[ours[name]] = tensor.float().contiguous()  # as the readers give them, mostly
-        if not all_finite(state[ours[name]]):
+        if not all_finite(tensor):
             raise InputError(f"{source}: {plain(original)} holds a number that is not finite; download it again")
+        state[ours[name]] = tensor.float().contiguous()  # as the readers give them, mostly
     model.classifier = Classifier(config, num_classes).apply(init_weights)
     model.load_state_dict(state, strict=False, assign=True)
     return model
@@ -458,9 +471,12 @@ def our_names(config):
 
 
 def standard_name(name):
-    """A tensor's name in a checkpoint as Hugging Face has it today: without a prefix, LayerNorm's with weight and bias."""
+    """A tensor's name in Google's or an older checkpoint as Hugging Face has it today, without a prefix."""
+    name = re.sub(r"/layer_(\d+)/", r"/layer/\1/", name).replace("/", ".")
     name = re.sub(r"^(module\.)?((bert|roberta)\.)?", "", name)
-    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+    for old, new in ((r"\.(kernel|gamma)$", ".weight"), (r"\.beta$", ".bias"), ("_embeddings$", "_embeddings.weight")):
+        name = re.sub(old, new, name)
+    return name
 
 
 # What a training leaves beside the weights: the optimiser's slots, and positions counted once and for all
@@ -469,38 +485,32 @@ NO_WEIGHT = re.compile(r"[./](adam_[mv]|Adam(_\d+)?)$|embeddings\.position_ids$"
 
 def is_encoder(name):
     """Whether a tensor belongs to BERT itself. What does not, such as the head of a task, is left out."""
-    name = re.sub(r"^module\.", "", name.replace("/", "."))
-    return bool(re.match(r"(bert|roberta|embeddings|encoder|pooler)\.", name)) and not NO_WEIGHT.search(name)
+    return bool(re.match(r"(module\.)?(bert|roberta|embeddings|encoder|pooler)[./]", name)) and not NO_WEIGHT.search(name)
 
 
-def read_weights(path, files):
-    """{name as Hugging Face has it: tensor} of the checkpoint in a folder or zip, of any layout; heads are left out."""
+def open_weights(path, files):
+    """{name in the checkpoint: function that reads the tensor} of a folder or zip, of any layout."""
     indices = [name for name in files if re.search(r"\.ckpt(-\d+)?\.index$", name)]
-    kinds = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_bin}
-    left_out = []
     if len(indices) > 1:
         raise InputError(f"{path}: {name_some(sorted(indices))} are several checkpoints; give a folder with one")
     if indices:
-        tensors = read_google(path, indices[0], left_out)
-    else:
-        whole = next((name for name in kinds if {name, f"{name}.index.json"} & files), None)
-        if not whole:
-            raise InputError(f"{path}: no *.ckpt.index, {' or '.join(kinds)} in it; give the whole checkpoint")
-        parts = [whole]
-        if whole not in files:
-            index = read_json(path, f"{whole}.index.json")
-            with reading(f"{path}: {whole}.index.json"):
-                parts = sorted({str(part) for part in index["weight_map"].values()})
-        tensors = {}
-        for part in parts:
-            if part not in files:
-                raise InputError(f"{path}: {plain(part)} is missing; give the whole checkpoint")
-            found = kinds[whole](path, part, left_out)
-            if twice := sorted(tensors.keys() & found.keys()):
-                raise InputError(f"{path}: {name_some(twice)} in several files; give the checkpoint as it came")
-            tensors |= found
-    if left_out:
-        print(f"note: {path}: left out, for they are not BERT itself: {name_some(sorted(left_out, key=lambda name: (bool(NO_WEIGHT.search(name)), name)))}")
+        return open_google(path, indices[0])
+    kinds = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_bin}
+    whole = next((name for name in kinds if {name, f"{name}.index.json"} & files), None)
+    if not whole:
+        raise InputError(f"{path}: no *.ckpt.index, {' or '.join(kinds)} in it; give the whole checkpoint")
+    parts, tensors = [whole], {}
+    if whole not in files:
+        index = read_json(path, f"{whole}.index.json")
+        with reading(f"{path}: {whole}.index.json"):
+            parts = sorted({str(part) for part in index["weight_map"].values()})
+    for part in parts:
+        if part not in files:
+            raise InputError(f"{path}: {plain(part)} is missing; give the whole checkpoint")
+        found = kinds[whole](path, part)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise InputError(f"{path}: {name_some(twice)} in several files; give the checkpoint as it came")
+        tensors |= found
     return tensors
 
 
@@ -534,15 +544,23 @@ def read_file(path, name):
     return np.frombuffer(content, np.uint8)
 
 
-def own_tensor(content, start, end, dtype, shape, transposed=False):
+# What the data types are called by safetensors, and by TensorFlow
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, 1: torch.float32}
+
+
+def tensor_at(content, source, name, dtype, shape, start, end, transposed=False):
     """Bytes start to end of what `read_file` gave as a float32 tensor: the one copy on their way into the model."""
-    tensor = torch.from_numpy(content[start:end]).view(dtype).view(shape)
+    if dtype not in TYPES:
+        raise InputError(f"{source}: {plain(name)} is of type {plain(dtype)}; expected one of {', '.join(map(str, TYPES))}")
+    if end - start != math.prod(shape) * TYPES[dtype].itemsize:
+        raise InputError(f"{source}: {plain(name)} has shape {plain(shape)} in {end - start} bytes; download it again")
+    if end > len(content):
+        raise InputError(f"{source} ends after {len(content)} bytes, inside or before {plain(name)}; download it again")
+    tensor = torch.from_numpy(content[start:end]).view(TYPES[dtype]).view(shape)
     tensor = tensor.T if transposed else tensor
     tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if isinstance(content, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-        content.base.madvise(
-            mmap.MADV_DONTNEED
-        )  # else the file's pages stay too, and the weights take twice the memory
+        content.base.madvise(mmap.MADV_DONTNEED)  # else the file's pages stay too, and the weights take twice the memory
     return tensor
 
 
@@ -616,36 +634,26 @@ class Entry(NamedTuple):
     size: int
 
 
-def read_google(path, index, left_out):
-    """{name as Hugging Face has it: tensor} of a TensorFlow checkpoint in a folder or zip; index: its *.index file.
-
-    left_out: a list that gets the names of what is not BERT itself.
-    """
+def open_google(path, index):
+    """{name: function that reads the tensor} of a TensorFlow checkpoint in a folder or zip; index: its *.index file."""
     content = read_file(path, index).tobytes()
     entries, num_shards = read_index(content, f"{path}: {index}")
-    wanted_sum = DATA_SUMS.get(hashlib.sha256(content).hexdigest())
-    shards, tensors = {}, {}
-    for name, entry in entries.items():
-        if not is_encoder(name):
-            left_out.append(name)
-            continue
-        shard = f"{index.removesuffix('.index')}.data-{entry.shard:05d}-of-{num_shards:05d}"
-        if shard not in shards:
-            shards[shard] = read_file(path, shard)
-            if wanted_sum and hashlib.sha256(shards[shard]).hexdigest() != wanted_sum:
-                raise InputError(f"{path}: {shard} is damaged, its sha256 is not {wanted_sum}; download it again")
-        what = f"{plain(name)} {plain(entry.shape)} of type {plain(entry.dtype)} in {entry.size} bytes"
-        if entry.dtype != 1 or entry.size != 4 * math.prod(entry.shape):
-            raise InputError(f"{path}: {what} is not float32; give Google's file")
-        if entry.offset + entry.size > len(shards[shard]):
-            ends = f"{shard} ends after {len(shards[shard])} bytes, inside or before {plain(name)}"
-            raise InputError(f"{path}: {ends}; copy or download it again")
-        place = entry.offset, entry.offset + entry.size
-        kernel = name.endswith("kernel")  # TensorFlow keeps (in, out), nn.Linear (out, in)
-        tensor = own_tensor(shards[shard], *place, torch.float32, entry.shape, transposed=kernel)
-        key = re.sub(r"/layer_(\d+)/", r"/layer/\1/", name).replace("/", ".").replace(".kernel", ".weight")
-        tensors[key + ".weight" if key.endswith("_embeddings") else key] = tensor
-    return tensors
+    wanted = DATA_SUMS.get(hashlib.sha256(content).hexdigest())
+
+    @cache
+    def shard(file):
+        content = read_file(path, file)
+        if wanted and hashlib.sha256(content).hexdigest() != wanted:
+            raise InputError(f"{path}: {file} is damaged, its sha256 is not {wanted}; download it again")
+        return content
+
+    def read(name, entry):
+        file = f"{index.removesuffix('.index')}.data-{entry.shard:05d}-of-{num_shards:05d}"
+        place = entry.dtype, entry.shape, entry.offset, entry.offset + entry.size
+        # TensorFlow keeps a matrix as (in, out), nn.Linear as (out, in)
+        return tensor_at(shard(file), f"{path}: {file}", name, *place, transposed=name.endswith("kernel"))
+
+    return {name: partial(read, name, entry) for name, entry in entries.items()}
 
 
 def read_index(content, source):
@@ -752,21 +760,18 @@ for _ in range(8):
 
 # ---- Hugging Face folders: safetensors is a JSON header and raw bytes after it; the older .bin is a pickle ------------
 
-TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors calls them
 
-
-def read_safetensors(path, file, left_out):
-    """{name: tensor} of a safetensors file in a folder or zip. left_out: as for `read_google`."""
+def open_safetensors(path, file):
+    """{name: function that reads the tensor} of a safetensors file in a folder or zip."""
     content, source = read_file(path, file), f"{path}: {file}"
     with reading(source, "it is no whole safetensors file; copy or download it again"):
         (length,) = struct.unpack("<Q", content[:8].tobytes())
-        size = len(content) - 8 - length
-        if size < 0:
+        first = 8 + length
+        if first > len(content):
             raise ValueError(f"its header claims {length} bytes of {len(content)}")
-        header = json.loads(content[8 : 8 + length].tobytes())
+        header = json.loads(content[8:first].tobytes())
         header.pop("__metadata__", None)
-        places = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        end = 0
+        places, end = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}, 0
         for name, (dtype, shape, *offsets) in sorted(places.items(), key=lambda item: item[1][2:]):
             whole = all(type(number) is int and 0 <= number < 2**40 for number in (*shape, *offsets)) and len(shape) <= 8
             if not isinstance(dtype, str) or len(offsets) != 2 or not whole:
@@ -774,35 +779,28 @@ def read_safetensors(path, file, left_out):
             if offsets[0] != end or offsets[1] < end:
                 raise ValueError(f"a hole or an overlap before {name}")
             end = offsets[1]
-        if end != size:
-            raise ValueError(f"it ends after {size} bytes of tensors, its header says {end}")
-    tensors = {}
-    for name, (dtype, shape, start, end) in places.items():
-        if not is_encoder(name):
-            left_out += [name] * (not NO_WEIGHT.search(name))
-            continue
-        if dtype not in TYPES:
-            raise InputError(f"{source}: {plain(name)} is {plain(dtype)}; expected one of {', '.join(TYPES)}")
-        if end - start != math.prod(shape) * TYPES[dtype].itemsize:
-            raise InputError(f"{source}: {plain(name)} has shape {shape} in {end - start} bytes; download it again")
-        tensors[name] = own_tensor(content, 8 + length + start, 8 + length + end, TYPES[dtype], shape)
-    return tensors
+        if first + end != len(content):
+            raise ValueError(f"it ends after {len(content) - first} bytes of tensors, its header says {end}")
+    return {
+        name: partial(tensor_at, content, source, name, dtype, shape, first + start, first + end)
+        for name, (dtype, shape, start, end) in places.items()
+    }
 
 
-def read_bin(path, file, left_out):
-    """{name: tensor} of a pytorch_model.bin in a folder or zip. Nothing in it can run code."""
+def open_bin(path, file):
+    """{name: function that gives the tensor} of a pytorch_model.bin in a folder or zip. Nothing in it can run code."""
     source = f"{path}: {file}"
     tensors = load_pickle(path / file if path.is_dir() else io.BytesIO(read_file(path, file)), source)
     with reading(source, "it is no dictionary of tensors; give the weights as the hub has them"):
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
             raise TypeError("something in it is none")
-    left_out += [name for name in tensors if not is_encoder(name) and not NO_WEIGHT.search(name)]
-    tensors = {name: tensor for name, tensor in tensors.items() if is_encoder(name)}
-    for name, tensor in tensors.items():
+
+    def read(name, tensor):
         if tensor.dtype not in TYPES.values() or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
-            kind = f"{tensor.dtype}, {tensor.layout}"
-            raise InputError(f"{source}: {plain(name)} is {kind}; expected one of {', '.join(TYPES)}")
-    return tensors
+            raise InputError(f"{source}: {plain(name)} is {tensor.dtype}, {tensor.layout}; expected plain numbers of 16 or 32 bits")
+        return tensor
+
+    return {name: partial(read, name, tensor) for name, tensor in tensors.items()}
 
 
 def load_pickle(file, source=None):

@@ -98,8 +98,8 @@ def test_e5_from_safetensors_equals_transformers():
 def test_tiny_random_from_tensorflow_equals_transformers_and_its_arrays():
     folder = MODELS / "tiny_random_L-2_H-32_A-2"
     config = bert.BertConfig.from_dict(json.loads((folder / "bert_config.json").read_text()))
-    read = bert.read_weights(folder, bert.list_files(folder))
-    tensors = {bert.standard_name(name): tensor for name, tensor in read.items()}
+    read = bert.open_weights(folder, bert.list_files(folder))
+    tensors = {bert.standard_name(name): read[name]() for name in filter(bert.is_encoder, read)}
     arrays = {name.replace("|", "/"): array for name, array in np.load(folder / "expected.npz").items()}
     expected = hugging_face_names(arrays)
     assert tensors.keys() == expected.keys()
@@ -441,7 +441,7 @@ def test_files_made_to_hurt(tmp_path, google):
 def test_weights_that_are_no_numbers(tmp_path):
     arrays = google_arrays()
     arrays["bert/encoder/layer_1/output/dense/bias"][3] = np.nan
-    refuse(write_google(tmp_path / "google", arrays), "encoder.layer.1.output.dense.bias", "not finite")
+    refuse(write_google(tmp_path / "google", arrays), "bert/encoder/layer_1/output/dense/bias", "not finite")
 
 
 def test_a_damaged_data_file_of_which_the_sum_is_known(google, monkeypatch):
@@ -618,8 +618,10 @@ def test_paths_that_are_no_model(tmp_path):
     (tmp_path / "file").write_text("not a zip")
     refuse(tmp_path / "file", "neither a folder nor a zip")
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", "neither bert_config.json")
+    refuse(tmp_path / "empty", "no *.ckpt.index, model.safetensors")
     google = write_google(tmp_path / "google", google_arrays())
+    (google / "bert_config.json").unlink()
+    refuse(google, "neither bert_config.json")
     (google / "bert_model.ckpt.index").unlink()
     refuse(google, "ckpt.index", "give the whole checkpoint")
 
@@ -674,8 +676,9 @@ def test_bad_bin(roberta, tmp_path):
     refuse(roberta, "no dictionary of tensors")
     torch.save(weights | {"roberta.extra": torch.zeros(2)}, file)
     refuse(roberta, "no place", "extra")
-    torch.save(weights | {"roberta.extra": torch.zeros(2, dtype=torch.int8)}, file)
-    refuse(roberta, "roberta.extra is torch.int8")
+    name = "roberta.embeddings.LayerNorm.weight"
+    torch.save(weights | {name: torch.zeros(8, dtype=torch.int8)}, file)
+    refuse(roberta, f"{name} is torch.int8")
 
     class Evil:
         def __reduce__(self):
