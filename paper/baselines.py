@@ -74,6 +74,8 @@ def open_run(folder, data_folder=None):
     if args.model == train.SCRATCH:
         torch.set_num_threads(1)  # as train.py
     first, second = (train.load_run(folder / f"{name}.pt", stage, args.task) for stage, name in ((1, "stage1"), (2, "dact")))
+    if len(second.model.heads) == 1:
+        raise data.InputError(f"{folder}: a model of one block has no block to leave earlier; name another run")
     models = [saved.model.to(args.device).eval() for saved in (first, second)]
     splits = [first.dataset(split) for split in data.load_task(args.task, args.data)]
     return Run(folder, trained_folder(folder), args, metrics, *models, first.tokenizer, *splits)

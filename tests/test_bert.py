@@ -710,6 +710,24 @@ def test_bad_byte_level_vocabulary(roberta):
     refuse(roberta, "neither tokenizer.json, nor vocab.json")
 
 
+def test_cut_vocabularies(roberta, google, capsys):
+    """Of a cut merges.txt the tokens tell that nothing makes any more; a cut vocab.txt may be whole, and is said."""
+    files = roberta / "vocab.json", roberta / "merges.txt"
+    ids, merges = json.loads(files[0].read_text()), files[1].read_text()
+    pairs = [(left, right) for left in "abcdefgh" for right in "ijklmnop"]
+    files[0].write_text(json.dumps(ids | {"".join(pair): len(ids) + i for i, pair in enumerate(pairs)}))
+    files[1].write_text(merges + "".join(f"{left} {right}\n" for left, right in pairs))
+    assert bert.read_tokenizer(roberta, {"vocab.json", "merges.txt"}).encode("ai").tokens[1:-1] == ["ai"]
+    files[1].write_text(merges)
+    refuse(roberta, "69 of its tokens come from no line of merges.txt")
+    vocab = (google / "vocab.txt").read_text().splitlines()
+    bert.load_pretrained(google, 2)
+    assert "is its file whole" not in capsys.readouterr().out
+    (google / "vocab.txt").write_text("\n".join(vocab[:-5]))
+    bert.load_pretrained(google, 2)
+    assert f"the tokenizer has {len(vocab) - 5} tokens, the model {len(vocab)}" in capsys.readouterr().out
+
+
 def test_too_few_positions_for_roberta(roberta):
     config = json.loads((roberta / "config.json").read_text())
     (roberta / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2}))

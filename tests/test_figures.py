@@ -332,3 +332,12 @@ def test_bad_flags(name, words, toy_run, monkeypatch, capsys):
     assert baselines.command(SCRIPTS[name].main) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words[0] in error
+
+
+def test_a_model_of_one_block_is_refused(tmp_path, capsys):
+    config = CONFIG | {"num_hidden_layers": 1}
+    model = write_google(tmp_path / "model", google_arrays(config), config)
+    argv = ["--model", str(model), "--epochs", "0.1", "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    assert baselines.command(lambda _: figure2.main([str(tmp_path / "run")])) == 2
+    assert "a model of one block" in capsys.readouterr().err

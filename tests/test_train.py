@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -390,37 +389,31 @@ def test_a_resumed_run_ends_with_the_same_numbers(whole_run, tmp_path, capsys, m
     assert_same_run(whole_run, tmp_path / "cut")
 
 
-def test_killed_at_random_moments_and_resumed(tmp_path):
+def test_killed_at_random_moments_and_resumed(whole_run, tmp_path):
     """SIGKILL, which no program can answer. DACT_KILLS: how often in all (once by default)."""
     kills, rng, run = int(os.environ.get("DACT_KILLS", "1")), random.Random(0), 0
-    argv = ["--epochs", "2", "--batch", "16", "--precision", "float32"]  # 32 steps an epoch
     small = "import sys, data, train; make = data.toy_examples; "
     small += "data.toy_examples = lambda count, seed: make(count // 8, seed); sys.exit(train.main())"
-    command = [sys.executable, "-c", small, *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
-    began = time.monotonic()
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
-    whole = time.monotonic() - began
     while kills > 0:
         folder, run, finished = tmp_path / f"cut{run}", run + 1, False
         while not (folder / "metrics.json").exists():  # a kill that comes as the process ends finds a finished run
-            with subprocess.Popen(
-                [*command, "--out", folder, "--resume"], env=environment, stdout=subprocess.PIPE
-            ) as process:
+            command = [sys.executable, "-c", small, *toy_argv(folder), "--resume"]
+            with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
                 try:
-                    process.communicate(timeout=rng.uniform(0.2, 1.0) * whole if kills else None)
+                    process.communicate(timeout=rng.uniform(2, 5) if kills > 0 else None)
                     finished = True
                 except subprocess.TimeoutExpired:
                     process.kill()
-                    kills -= 1
+                kills -= 1
             assert process.returncode == (0 if finished else -signal.SIGKILL)
-        assert_same_run(tmp_path / "whole", folder)
+        assert_same_run(whole_run, folder)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signals_end_a_run_with_one_line(tmp_path, name):
     process = subprocess.Popen(
-        [sys.executable, "-u", train.__file__, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-u", train.__file__, "--epochs", "0.5", "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )  # fmt: skip
@@ -648,7 +641,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path):
         limit + f"runpy.run_path({train.__file__!r}, run_name='__main__')",
     ]
     out = subprocess.run(
-        [*command, "--epochs", "1", "--batch", "512", "--out", tmp_path / "run"],
+        [*command, "--epochs", "0.1", "--batch", "512", "--out", tmp_path / "run"],
         check=False,
         capture_output=True,
         text=True,
