@@ -331,16 +331,13 @@ def fetch(url, part):
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
-        if response.status_code == 416:  # nothing lies beyond what we have: whole, or of another version
-            if response.headers.get("Content-Range") == f"bytes */{have}":
-                return
+        resuming, place = response.status_code == 206, response.headers.get("Content-Range", "")
+        if response.status_code == 416 and place == f"bytes */{have}":  # nothing is missing
+            return
+        if response.status_code == 416 or (resuming and not place.startswith(f"bytes {have}-")):
             part.unlink()
             raise requests.ConnectionError("the file changed on the server")
         response.raise_for_status()
-        resuming = response.status_code == 206
-        if resuming and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise requests.ConnectionError("the server resumed at another place")
         have = have if resuming else 0
         total = have + int(response.headers.get("Content-Length", 0))
         with open(part, "ab" if resuming else "wb") as file:
@@ -508,13 +505,9 @@ def f1(predicted, labels):
 
 def matthews(predicted, labels):
     """Matthews' correlation of two classes, in percent, from -100 to 100; 0 where either never varies."""
-    hits, misses = ((predicted == labels) & (labels == 1)).sum().item(), ((predicted == 0) & (labels == 1)).sum().item()
-    rejections, alarms = (
-        ((predicted == 0) & (labels == 0)).sum().item(),
-        ((predicted == 1) & (labels == 0)).sum().item(),
-    )
-    scale = (hits + misses) * (hits + alarms) * (rejections + misses) * (rejections + alarms)
-    return 100 * (hits * rejections - misses * alarms) / scale**0.5 if scale else 0.0
+    if len(predicted.unique()) < 2 or len(labels.unique()) < 2:
+        return 0.0
+    return 100 * torch.corrcoef(torch.stack([predicted, labels]).double())[0, 1].item()  # of two 0-1 numbers it is Pearson's
 
 
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews}
