@@ -64,15 +64,18 @@ RULE_NAMES = {"paper": "rule (4)", "exact": "exact rule"}  # on the screen; the 
 # ---- A run ----------------------------------------------------------------------------------------------------------
 
 
-def run(args):
-    """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out."""
+def run(args, splits=None):
+    """Stage 1, stage 2, evaluation; leaves stage1.pt, dact.pt, metrics.json and log.jsonl in args.out.
+
+    splits: (train, dev), two `data.Examples` in the place of the task's own.
+    """
     join_processes()
     args.device, args.precision, why = pick_hardware(args.precision)
     check_folder(args)
     finished = finished_stages(args)  # before an interruption: none, stage 1, or both
     torch.manual_seed(args.seed)
     start = finished[0] if finished else starting_model(args, args.stage1)
-    splits = data.load_task(args.task, args.data)
+    splits = splits or data.load_task(args.task, args.data)
     train_set, dev_set = (start.dataset(split) for split in splits)
     settings = settings_of(args, splits)
     check_settings(finished, settings, args.out)
@@ -186,11 +189,11 @@ def fit(stage, model, loss_of, train_set, args, record):
 
 
 def parameter_groups(model, args):
-    """For AdamW: decay on matrices only, and a learning rate of their own for the DACT heads."""
+    """For AdamW: decay on matrices only, and a learning rate of its own for what sits on the backbone of a `DactBert`."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = args.head_lr if name.startswith("heads.") else args.lr
+            lr = args.lr if name.startswith(("bert.", "classifier.", "backbone.")) else args.head_lr
             groups.setdefault((lr, 0.01 if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": members, "peak_lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 

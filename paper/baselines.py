@@ -3,12 +3,16 @@
     DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed the answer
+    BERxiT     (Xin et al., 2021)   the same training; exit when a learned unit says that the ramp's answer is right
+    PALBERT    (Balagansky and Gavrilov, 2022)  each block has a chance to stop, learned with the answers (PonderNet); exit
+                                    when the chance to have stopped passes q
     first k    the backbone cut after block k and fine-tuned: no decision at all
     DACT at another price: its halting units trained anew, all else as stage 2 left it
     longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-All leave a batch through `dact.early_exit`: a rule is a function of what is known after block n.
+All can leave a batch through `dact.early_exit`: a rule is a function of what is known after block n. Over a whole dev set
+it is quicker to compute what every block says, and then where a rule would leave: the functions `simulate...`.
 Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
 """
 
@@ -50,6 +54,7 @@ class Run(NamedTuple):
     tokenizer: object
     train: data.Dataset
     dev: data.Dataset
+    splits: list  # both as `data.Examples`
 
     @property
     def labels(self):
@@ -61,10 +66,10 @@ class Run(NamedTuple):
         return self.dact.early_exit(*inputs, rule=dact.RULES[self.args.rule])
 
 
-def open_run(folder, data_folder=None):
+def open_run(folder, data_folder=None, splits=None):
     """The finished run in a folder. Raises data.InputError.
 
-    data_folder: where GLUE's files lie; by default train.py's cache.
+    data_folder: where GLUE's files lie; by default train.py's cache. splits: what it was trained on, if not the task's own.
     """
     folder = Path(folder)
     metrics = read_metrics(folder)
@@ -77,8 +82,9 @@ def open_run(folder, data_folder=None):
     if len(second.model.heads) == 1:
         raise data.InputError(f"{folder}: a model of one block has no block to leave earlier; name another run")
     models = [saved.model.to(args.device).eval() for saved in (first, second)]
-    splits = [first.dataset(split) for split in data.load_task(args.task, args.data)]
-    return Run(folder, trained_folder(folder), args, metrics, *models, first.tokenizer, *splits)
+    splits = splits or data.load_task(args.task, args.data)
+    datasets = [first.dataset(split) for split in splits]
+    return Run(folder, trained_folder(folder), args, metrics, *models, first.tokenizer, *datasets, splits)
 
 
 # The part of metrics.json that is relied on here
@@ -161,6 +167,54 @@ class Exits(nn.Module):
         return dact.early_exit(self.backbone, inputs, step)
 
 
+class Palbert(Exits):
+    """`Exits` of which each also has a chance to stop: λ_n = σ(z_n), z_n from the [CLS] of block n and of the one before."""
+
+    def __init__(self, backbone, classifier):
+        super().__init__(backbone, classifier)
+        D, N = backbone.hidden_size, len(backbone.blocks)
+        self.scales = nn.ModuleList(dact.Scale(D) for _ in range(N))
+        self.stops = nn.ModuleList(
+            nn.Sequential(nn.Linear(2 * D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1))
+            for _ in range(N)
+        )
+
+    def forward(self, *inputs):
+        """-> logits (N, B, C), z (N, B) of all blocks."""
+        logits, z, before = [], [], None
+        for n, cls in enumerate(dact.cls_after_blocks(self.backbone, inputs), start=1):
+            with torch.autocast(cls.device.type, enabled=False):
+                logits.append(self.answer(n, cls))
+                now = self.scales[n - 1](cls.float())
+                both = torch.cat([now, now if before is None else before], 1)  # CHOICE: nothing is before block 1
+                z.append(self.stops[n - 1](both).squeeze(1))
+                before = now
+        return torch.stack(logits), torch.stack(z)
+
+
+class LearnedExit(nn.Module):
+    """BERxiT's: on trained `Exits` one linear unit for all blocks, which reads what a ramp makes of [CLS] before its last layer."""
+
+    def __init__(self, exits):
+        super().__init__()
+        self.backbone, self.heads = exits.backbone, exits.heads
+        self.unit = nn.Linear(exits.backbone.hidden_size, 1)
+
+    def forward(self, *inputs):
+        """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last, which always answers."""
+        logits, u = [], []
+        for head, cls in zip(self.heads, dact.cls_after_blocks(self.backbone, inputs)):
+            with torch.autocast(cls.device.type, enabled=False):
+                if head is self.heads[-1]:
+                    logits.append(head(cls.float()))
+                    u.append(torch.zeros_like(u[0]))
+                else:
+                    hidden = head[:-1](cls.float())
+                    logits.append(head[-1](hidden))
+                    u.append(self.unit(hidden).squeeze(1))
+        return torch.stack(logits), torch.stack(u)
+
+
 def entropy(logits):
     """Shannon entropy in nats of softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x."""
     return logits.logsumexp(-1) - (logits * logits.softmax(-1)).sum(-1)
@@ -186,31 +240,33 @@ def patience_rule(logits, state, t):
 
 def simulate(logits, rule):
     """Where a rule leaves and what it answers, from the logits of all blocks (N, n, C): (labels (n,), exits (n,))."""
-    exit_block, state = torch.zeros(logits.shape[1], dtype=torch.long), ()
-    for n, logits_n in enumerate(logits, start=1):
+    halts, state = [], ()
+    for logits_n in logits:
         halt, state = rule(logits_n, state)
-        if n == len(logits):
-            halt = torch.ones_like(halt)
-        exit_block[halt & (exit_block == 0)] = n
-    return logits[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
+        halts.append(halt)
+    return leave(logits, torch.stack(halts))
 
 
-def simulate_dact(y, z):
-    """Where DACT leaves by (4), and its answers, from y (N, n, C) and z (N, n), h before the sigmoid."""
-    a, p = dact.accumulate_all(y, z.sigmoid())
-    exit_block = torch.full_like(a[0, :, 0], len(y), dtype=torch.long)
-    for n in range(len(y) - 1, 0, -1):
-        left, right = dact.paper_rule(a[n - 1], p[n - 1], len(y) - n)
-        exit_block[left >= right] = n
-    return a[exit_block - 1, torch.arange(len(exit_block))].argmax(-1), exit_block
+def simulate_dact(y, h):
+    """Where DACT leaves by (4), and its answers, from y (N, n, C) and h (N, n)."""
+    a, p = dact.accumulate_all(y, h)
+    sides = [dact.paper_rule(a_n, p_n, len(y) - n) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)]
+    return leave(a, torch.stack([left >= right for left, right in sides]))
 
 
-def lowered(model, bias):
-    """A copy of a `DactBert` whose halting biases are lowered by `bias`: it stops earlier, and as safely."""
-    model = copy.deepcopy(model)
-    for head in model.heads:
-        head.halt[-1].bias.data -= bias
-    return model
+def simulate_palbert(logits, z, q):
+    """PALBERT's "Q-exit": leave at the first block by which the chance to have stopped is at least q."""
+    return leave(logits, exit_chances(z).cumsum(0) >= q)
+
+
+def leave(answers, halt):
+    """(labels, exits (n,)) if each example leaves at the first block of halt (N, n) bool, or the last, with its own answer.
+
+    answers: (N, n, C), whatever is greatest for the class that is answered.
+    """
+    halt = torch.cat([halt[:-1], torch.ones_like(halt[:1])])
+    first = halt.int().argmax(0)
+    return answers[first, torch.arange(len(first))].argmax(-1), first + 1
 
 
 def bisect_to_depth(simulated, blocks, high, low=0.0):
@@ -233,10 +289,17 @@ def deebert_loss(logits, labels):
 
 
 def fastbert_loss(logits, labels):
-    """Self-distillation: Σ over the ramps of KL(ramp || last classifier) = Σ_c q_c (log q_c - log p_c). No labels."""
+    """Self-distillation, no labels: Σ over the ramps of KL(ramp || last classifier) = Σ_c q_c (log q_c - log p_c)."""
     teacher = logits[-1].detach().log_softmax(-1)
     ramps = logits[:-1].log_softmax(-1)
     return (ramps.exp() * (ramps - teacher)).sum(-1).mean(1).sum()
+
+
+def fastbert_code_loss(logits, labels):
+    """The same the other way round, KL(last classifier || ramp), which is what the authors' code minimises."""
+    teacher = logits[-1].detach().log_softmax(-1)
+    ramps = logits[:-1].log_softmax(-1)
+    return (teacher.exp() * (teacher - ramps)).sum(-1).mean(1).sum()
 
 
 def pabee_loss(logits, labels):
@@ -244,6 +307,29 @@ def pabee_loss(logits, labels):
     losses = torch.stack([F.cross_entropy(logits_n, labels) for logits_n in logits])
     weights = torch.arange(1.0, len(losses) + 1, device=losses.device)
     return (weights * losses).sum() / weights.sum()
+
+
+def berxit_loss(outputs, labels):
+    """Of the learned exit alone: Σ over the ramps of (σ(u_n) - [ramp n is wrong])², a mean over the batch."""
+    logits, u = outputs
+    wrong = (logits.argmax(-1) != labels).float()
+    return (u.sigmoid() - wrong)[:-1].square().mean(1).sum()
+
+
+def exit_chances(z):
+    """z (N, B) -> the chance to stop at each block: λ_n = σ(z_n) of what is left then; the last block takes the rest."""
+    stop = torch.cat([z.sigmoid()[:-1], torch.ones_like(z[:1])])
+    left = torch.cat([torch.ones_like(z[:1]), (1 - stop[:-1]).cumprod(0)])
+    return stop * left
+
+
+def palbert_loss(outputs, labels, prior=0.1, beta=0.5):
+    """Σ p_n L_n + β KL(geometric prior || p), a mean over the batch; p: `exit_chances`, L_n: block n's cross-entropy."""
+    logits, z = outputs
+    p, losses = exit_chances(z), torch.stack([F.cross_entropy(each, labels, reduction="none") for each in logits])
+    wanted = exit_chances(torch.full((len(z), 1), math.log(prior / (1 - prior)), device=z.device))
+    divergence = wanted * (wanted.log() - p.clamp(min=1e-8).log())
+    return (p * losses + beta * divergence).sum(0).mean()
 
 
 def as_stage(loss):
@@ -259,28 +345,25 @@ def as_stage(loss):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def deebert(run, vectors=None):
+def deebert(run, vectors=None, epochs=None):
     """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. vectors: a function that gives `train_vectors`."""
-    return ramps(run, vectors, deebert_loss, "DeeBERT")
+    return ramps(run, vectors, deebert_loss, "DeeBERT", epochs)
 
 
-def fastbert(run, vectors=None):
-    """The run's FastBERT: as `deebert`, with the last classifier for a teacher in the place of the labels."""
-    return ramps(run, vectors, fastbert_loss, "FastBERT")
-
-
-def ramps(run, vectors, loss, name):
-    """An `Exits` whose ramps alone are trained, on cached vectors."""
+def ramps(run, vectors, loss, name, epochs=None):
+    """An `Exits` whose ramps alone are trained, on cached vectors. epochs: by default twice the run's."""
     # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate of
     # the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
+    epochs = epochs or 2 * run.args.epochs
     torch.manual_seed(run.args.seed)
     exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.args.device)
 
     def train_them(args, record):
+        args.epochs = epochs
         exits.heads.train()[-1].eval().requires_grad_(False)
         train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record)
 
-    train_or_load(run, name, exits.heads, train_them)
+    train_or_load(run, f"{name}-{epochs:g}", exits.heads, train_them)
     return exits.eval()
 
 
@@ -289,13 +372,39 @@ def train_vectors(run):
     return train.Vectors(run.stage1.bert, run.train, run.args)
 
 
-def pabee(run):
-    """The run's PABEE: backbone and ramps together."""
-    # DIFFERS: from stage 1's weights, as DACT, where the paper starts from the pretrained ones.
+def pabee(run, epochs=None):
+    """The run's PABEE: backbone and ramps together. epochs: by default the run's."""
+    return joint(run, Exits, pabee_loss, "PABEE", epochs)
+
+
+def palbert(run, epochs=None):
+    """The run's PALBERT, a `Palbert`. epochs: by default the run's."""
+    return joint(run, Palbert, palbert_loss, "PALBERT", epochs)
+
+
+def joint(run, kind, loss, name, epochs=None):
+    """A system whose backbone and heads train together."""
+    # DIFFERS: from stage 1's weights, as DACT, where the papers start from the pretrained ones.
     torch.manual_seed(run.args.seed)
-    exits = Exits(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.args.device)
+    exits = kind(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.args.device)
     train.without_dropout(exits.backbone)
-    return trained(run, "PABEE", exits, as_stage(pabee_loss))
+    return trained(run, name, exits, as_stage(loss), epochs)
+
+
+def berxit(run, epochs=None):
+    """The run's BERxiT, a `LearnedExit` on the ramps of its PABEE, whose losses are weighted as BERxiT's can be."""
+    # CHOICE: the unit learns after all else, as DACT's halting does, over cached vectors, for three times the epochs.
+    torch.manual_seed(run.args.seed)
+    model = LearnedExit(pabee(run, epochs)).to(run.args.device)
+
+    def train_it(args, record):
+        args.epochs = 3 * args.epochs
+        model.eval().heads.requires_grad_(False)
+        vectors = train.Vectors(model.backbone, run.train, run.args)
+        train.fit("BERxiT", train.over_vectors(model), as_stage(berxit_loss), vectors, args, record)
+
+    train_or_load(run, f"BERxiT-{epochs or run.args.epochs:g}", model.unit, train_it)
+    return model.eval()
 
 
 def first_blocks(run, k):
@@ -316,13 +425,15 @@ def longer(run):
     return trained(run, "longer", model, train.stage1_loss)
 
 
-def trained(run, name, model, loss):
-    """`model` as a whole, trained on the run's training set with the run's settings, or loaded."""
+def trained(run, name, model, loss, epochs=None):
+    """`model` as a whole, trained on the run's training set with the run's settings, or loaded. epochs: if not the run's."""
+    epochs = epochs or run.args.epochs
 
     def train_it(args, record):
+        args.epochs = epochs
         train.fit(name, model.train(), loss, run.train, args, record)
 
-    return train_or_load(run, name, model, train_it)
+    return train_or_load(run, f"{name}-{epochs:g}", model, train_it)
 
 
 def train_or_load(run, name, model, train_it):

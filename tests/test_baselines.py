@@ -42,6 +42,10 @@ def weights(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
+def fastbert(run):
+    return baselines.ramps(run, None, baselines.fastbert_loss, "FastBERT")
+
+
 def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
@@ -90,15 +94,43 @@ def test_losses_by_hand():
     # KL(ramp || last): 0.5 ln(0.5 / 0.8) + 0.5 ln(0.5 / 0.2) + 0.9 ln(0.9 / 0.8) + 0.1 ln(0.1 / 0.2)
     expected = 0.5 * ln(0.5 / 0.8) + 0.5 * ln(0.5 / 0.2) + 0.9 * ln(0.9 / 0.8) + 0.1 * ln(0.1 / 0.2)
     assert baselines.fastbert_loss(logits, label).item() == pytest.approx(expected)
-    assert baselines.fastbert_loss(logits[[2, 2, 2]], label).item() == pytest.approx(0, abs=1e-12)
+    # KL(last || ramp), as the authors' code has it: 0.8 ln(0.8 / 0.5) + 0.2 ln(0.2 / 0.5) + the same of 0.9 and 0.1
+    turned = 0.8 * ln(0.8 / 0.5) + 0.2 * ln(0.2 / 0.5) + 0.8 * ln(0.8 / 0.9) + 0.2 * ln(0.2 / 0.1)
+    assert baselines.fastbert_code_loss(logits, label).item() == pytest.approx(turned)
+    for loss in (baselines.fastbert_loss, baselines.fastbert_code_loss):
+        assert loss(logits[[2, 2, 2]], label).item() == pytest.approx(0, abs=1e-12)
     expected = (1 * -ln(0.5) + 2 * -ln(0.1) + 3 * -ln(0.2)) / 6
     assert baselines.pabee_loss(logits, label).item() == pytest.approx(expected)
+    # BERxiT: class 1 is wrong by ramps 1 (a draw goes to class 0) and 2, so their targets are 1; the last block has none
+    u = torch.tensor([[0.0], [ln(0.25 / 0.75)], [9.0]], dtype=torch.float64)
+    assert baselines.berxit_loss((logits, u), label).item() == pytest.approx((0.5 - 1) ** 2 + (0.25 - 1) ** 2)
+    assert baselines.berxit_loss((logits, u), 1 - label).item() == pytest.approx(0.5**2 + 0.25**2)
+
+
+def test_palbert_by_hand():
+    """λ = 1/2, 1/4, anything: stops at 1, 2, 3 with chances 1/2, 1/8, 3/8; a prior of 0.1: 0.1, 0.09, 0.81."""
+    ln, z = math.log, torch.tensor([[0.0], [math.log(1 / 3)], [5.0]], dtype=torch.float64)
+    p, prior = (0.5, 0.125, 0.375), (0.1, 0.09, 0.81)
+    assert baselines.exit_chances(z).flatten().tolist() == pytest.approx(p)
+    logits = torch.tensor([[[0.5, 0.5]], [[0.9, 0.1]], [[0.8, 0.2]]], dtype=torch.float64).log()
+    expected = -0.5 * ln(0.5) - 0.125 * ln(0.1) - 0.375 * ln(0.2) + 0.5 * sum(w * ln(w / q) for w, q in zip(prior, p))
+    assert baselines.palbert_loss((logits, z), torch.tensor([1])).item() == pytest.approx(expected)
+    three = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.0]]])  # answers 0, 1, 0
+    left = [baselines.simulate_palbert(three, z, q) for q in (0.4, 0.5, 0.6, 0.7)]
+    assert [(label.item(), block.item()) for label, block in left] == [(0, 1), (0, 1), (1, 2), (0, 3)]
+
+
+def test_each_leaves_at_the_first_block_that_halts():
+    halt = torch.tensor([[True, False, False], [False, True, False], [True, True, False]])  # (blocks, examples)
+    answers = torch.eye(3)[torch.tensor([[0, 0, 0], [1, 1, 1], [2, 2, 2]])]  # block n answers class n - 1
+    labels, exit_block = baselines.leave(answers, halt)
+    assert exit_block.tolist() == [1, 2, 3] and labels.tolist() == [0, 1, 2]
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", [baselines.deebert, baselines.fastbert])
+@pytest.mark.parametrize("system", [baselines.deebert, fastbert])
 def test_frozen_weights_stay_and_ramps_learn(run, system):
     backbone, last = weights(run.stage1.bert), weights(run.stage1.classifier)
     exits = system(run)
@@ -133,26 +165,39 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run):
     for model in (pabee.backbone, baselines.longer(run).bert):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     cls = baselines.train_vectors(run).cls
-    for system in (baselines.deebert, baselines.fastbert):
+    for system in (baselines.deebert, fastbert):
         for exits in (system(run), system(run)):  # trained, and from its file
             for n, ramp in enumerate(exits.heads[:-1]):
                 moved = ramp[0](cls[:, n])  # statistics of the last 20 batches, so that they differ a little
                 assert moved.mean(0).abs().max() < 0.3 and (moved.std(0) - 1).abs().max() < 0.3
 
 
-def test_pabee_trains_everything(run):
+@pytest.mark.parametrize("system", [baselines.pabee, baselines.palbert])
+def test_joint_systems_train_everything(run, system):
     before = weights(run.stage1.bert)
-    exits = baselines.pabee(run)
-    after = weights(exits.backbone)
+    after = weights(system(run).backbone)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert same(before, weights(run.stage1.bert))  # on a copy
+
+
+def test_berxit_is_pabee_with_a_unit_that_learned_alone(run):
+    pabee, learned = baselines.pabee(run), baselines.berxit(run)
+    assert same(weights(pabee.backbone), weights(learned.backbone)) and same(weights(pabee.heads), weights(learned.heads))
+    torch.manual_seed(run.args.seed)
+    assert not same(weights(baselines.LearnedExit(pabee).unit), weights(learned.unit))
+    assert same(weights(learned), weights(baselines.berxit(run)))  # from its file
+    logits, u = train.outputs(learned, run.dev, run.args)
+    torch.testing.assert_close(logits, train.outputs(pabee, run.dev, run.args)[0], atol=1e-5, rtol=1e-5)
+    cls = train.Vectors(pabee.backbone, run.dev, run.args).cls[:, 2]
+    torch.testing.assert_close(u[2], learned.unit(pabee.heads[2][:-1](cls)).squeeze(1), atol=1e-4, rtol=1e-4)
+    assert u.shape == (6, 75) and (u[-1] == 0).all() and (u[:-1] != 0).any()
 
 
 def test_the_longer_base_goes_on_from_stage_1(run):
     """At a learning rate of 0 it is stage 1 still; at the run's own it is not."""
     before = weights(run.stage1)
     assert not any(same({0: before[name]}, {0: tensor}) for name, tensor in weights(baselines.longer(run)).items())
-    (run.trained / "longer.pt").unlink()
+    (run.trained / "longer-1.pt").unlink()
     run.args.lr = 0.0
     assert same(before, weights(baselines.longer(run))) and same(before, weights(run.stage1))
 
@@ -186,14 +231,14 @@ def test_precision(run, monkeypatch):
             assert model(*dataset.batch(np.arange(4))[0]).dtype == torch.float32 or name == "longer"
 
     monkeypatch.setattr(train, "fit", fit)
-    for system in (baselines.deebert, baselines.fastbert, baselines.pabee, baselines.longer):
+    for system in (baselines.deebert, fastbert, baselines.pabee, baselines.longer):
         system(run)
     assert used == dict.fromkeys(("DeeBERT", "FastBERT", "PABEE", "longer"), "bfloat16")
 
 
 def test_an_interrupted_system_is_trained_again(run, monkeypatch):
     whole, add = weights(baselines.pabee(run)), train.Record.add
-    (run.trained / "pabee.pt").unlink()
+    (run.trained / "pabee-1.pt").unlink()
 
     def stop(record, step, *rest):
         if step > 10:
@@ -209,12 +254,12 @@ def test_an_interrupted_system_is_trained_again(run, monkeypatch):
 def test_what_is_trained_belongs_to_one_run(run):
     """A run that is made anew in the same folder meets nothing of the old one's; what fits no model is refused."""
     first = weights(baselines.deebert(run).heads)
-    assert [file.name for file in run.trained.glob("*.pt")] == ["deebert.pt"]
+    assert [file.name for file in run.trained.glob("*.pt")] == ["deebert-2.pt"]
     metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1}
     (run.folder / "metrics.json").write_text(json.dumps(metrics))
     again = baselines.open_run(run.folder)
     assert again.trained != run.trained and not same(first, weights(baselines.deebert(again).heads))
-    torch.save({}, again.trained / "deebert.pt")
+    torch.save({}, again.trained / "deebert-2.pt")
     with pytest.raises(data.InputError, match="delete it to train it again"):
         baselines.deebert(again)
 
@@ -310,7 +355,7 @@ def test_dact_by_entropy(run):
     answers = train.predict(by_entropy.early_exit, run.dev, run.args)
     labels, exit_block = baselines.simulate(y.log(), partial(baselines.entropy_rule, S=S))
     assert torch.equal(answers.exit_block, exit_block) and torch.equal(answers.labels, labels)
-    found = baselines.simulate_dact(y, 1e4 * (-(y * y.log()).sum(-1) - S))
+    found = baselines.simulate_dact(y, (1e4 * (-(y * y.log()).sum(-1) - S)).sigmoid())
     assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
 
 
@@ -327,7 +372,7 @@ def test_dact_at_another_price(run):
         assert same(weights(model), weights(again)) and again.backbone is run.dact.backbone
         logits, z = baselines.logits_of(again, dev, run.args)
         y = logits.softmax(-1)
-        labels, exit_block = baselines.simulate_dact(y, z)
+        labels, exit_block = baselines.simulate_dact(y, z.sigmoid())
         assert torch.equal(labels, predictions.labels)
         assert (exit_block == predictions.exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
         torch.testing.assert_close([y, z.sigmoid()], train.outputs(again, run.dev, run.args), atol=1e-4, rtol=1e-3)
@@ -355,146 +400,110 @@ def test_section_3_1_learns_when_to_stop():
     assert learned[0] > 0.663 and learned[1] < 0.6
 
 
-def test_lowered_biases_and_what_is_simulated(run):
-    """DACT with lowered biases leaves where `simulate_dact` says, the earlier the lower, and `bisect_to_depth` finds the bias."""
-    y, h = train.outputs(run.dact, run.dev, run.args)
-    means = []
-    for bias in (0.0, 1.5, 4.0):
-        model = baselines.lowered(run.dact, bias)
-        labels, exit_block = baselines.simulate_dact(y, h.logit() - bias)
-        answers = train.predict(model.early_exit, run.dev, run.args)
-        assert torch.equal(answers.labels, labels)
-        assert (answers.exit_block == exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
-        means.append(exit_block.double().mean().item())
-    assert means == sorted(means, reverse=True) and means[2] < means[0]
+def test_bisection_finds_a_depth():
+    def simulated(x):  # 100 examples; example i leaves block 3 where x > i
+        return None, torch.where(torch.arange(100) < x, 1, 3)
 
-    def simulated(bias):
-        return baselines.simulate_dact(y, h.logit() - bias)
-
-    for blocks in (means[1], 3.0, (means[0] + 6) / 2):  # the last asks for more than the run uses
-        bias = baselines.bisect_to_depth(simulated, blocks, 40.0, -40.0)
-        more, less = (simulated(x)[1].double().mean().item() for x in (bias - 1e-3, bias + 1e-3))
-        assert less <= blocks <= more
+    assert baselines.bisect_to_depth(simulated, 2.0, 100.0) == pytest.approx(49, abs=1e-5)  # 1 for 50, 3 for 50
+    assert baselines.bisect_to_depth(simulated, 0.5, 100.0) == pytest.approx(100)  # more than there is to save
 
 
-def test_scripts_run_on_the_toy_task(run, capsys):
+def test_section_3_1_runs_on_the_toy_task(run, capsys):
     assert baselines.command(lambda _: generality.main([str(run.folder)])) == 0
     assert "untied, from S = 0.5" in capsys.readouterr().out
-    assert baselines.command(lambda _: table1.main([str(run.folder)])) == 0
-    table = (run.folder / "table1.md").read_text()
-    assert table.count("\n| ") == 30 and "| DACT, exact rule |" in table and (run.folder / "table1.png").stat().st_size
-    result = json.loads((run.trained / "table1.json").read_text())
-    metrics = baselines.read_metrics(run.folder)
-    assert result["rows"]["base"]["accuracy"] == metrics["full"]["accuracy"]
-    assert result["rows"]["DACT, rule (4)"]["saved"] == metrics["rules"]["paper"]["saved"]
-    assert result["rows"]["DeeBERT, S = 0.75"]["saved"] == pytest.approx(100 * 5 / 6)
-    assert result["rows"]["DeeBERT, S for half the blocks"]["saved"] == pytest.approx(50, abs=5)
-    assert all(len(points) >= 6 and points[0][0] >= points[-1][0] for points in result["curves"].values())
-    capsys.readouterr()
-    (run.folder / "dact.pt").unlink()  # what was measured is not measured again
-    assert baselines.command(lambda _: table1.main([str(run.folder), "--without", "pabee"])) == 0
-    assert capsys.readouterr().out.strip().startswith("**toy")
 
 
-def test_a_table_without_arguments_makes_the_toy_run(run, tmp_path, monkeypatch, capsys):
-    def train_it(args):
-        assert args.task == "toy"
-        shutil.copytree(run.folder, args.out, dirs_exist_ok=True)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "run", train_it)
-    monkeypatch.setattr(table1, "measure", lambda run, systems: {"rows": {}})
-    monkeypatch.setattr(table1, "markdown", lambda *what: "the table")
-    monkeypatch.setattr(table1, "draw", lambda *what: None)
-    assert baselines.command(lambda _: table1.main([])) == 0, capsys.readouterr().err
-    assert (tmp_path / "runs" / "toy" / "table1.md").read_text() == "the table"
+# ---- Table 1 --------------------------------------------------------------------------------------------------------
 
 
-def test_a_system_more_keeps_the_others(run, monkeypatch):
-    """What a run's table1.json holds is measured again when another system is asked for, and not lost."""
+def test_table_1_from_nothing(tmp_path, capsys, monkeypatch):
+    """One command trains all; a second one nothing. The fifth that chooses is of the training set, and nobody trains on it."""
+    argv = ["--epochs", "0.5", "--precision", "float32", "--out", str(tmp_path), "--without", "FastBERT", "PABEE", "BERxiT"]
+    with small_toy_task(16):
+        whole, dev = data.load_task("toy")
+        assert baselines.command(lambda _: table1.main(argv)) == 0, capsys.readouterr().err
+        rest, fifth = table1.split_off_a_fifth(train.parse_arguments([]))
+        assert len(fifth.texts) == len(whole.texts) // 5 and sorted(rest.texts + fifth.texts) == sorted(whole.texts)
+        assert all(group in ("level 1", "level 2", "level 3") for group in fifth.groups) and len(fifth.groups) == len(fifth.labels)
+        out = capsys.readouterr().out
+        assert f"{len(rest.texts)} training and {len(fifth.texts)} dev" in out and "system 4 of 4" in out and "hours" in out
+        text = (tmp_path / "table1.md").read_text()
+        metrics = baselines.read_metrics(tmp_path / "seed-0")
+        run = baselines.open_run(tmp_path / "seed-0")
+        monkeypatch.setattr(train, "fit", None)
+        monkeypatch.setattr(table1, "curve", None)
+        assert baselines.command(lambda _: table1.main(argv)) == 0
+    assert (tmp_path / "table1.md").read_text() == text and (tmp_path / "table1.png").stat().st_size
+    assert f"| base | {metrics['full']['accuracy']:.1f} | 0.0 |" in text
+    found = table1.kept(run)
+    assert found["rows"]["DACT, rule (4)"] == [metrics["rules"]["paper"]["accuracy"], metrics["rules"]["paper"]["saved"]]
+    assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
+    assert [saved for saved, *_ in found["curves"]["first k blocks"]] == pytest.approx([0, 100 / 3, 50, 200 / 3])
+    for points in found["curves"].values():
+        assert points == sorted(points) and all(0 <= x <= 100 for x in np.array(points).flat)
+
+
+def test_a_curve_by_hand(run):
+    """Answers are right from block 4 on: before it half of them. Of a range each depth is met; of steps only they are."""
+    dev = run.dev.labels
+    answers = torch.stack([torch.where(torch.arange(len(dev)) % 2 == 0, dev, 1 - dev)] * 3 + [dev] * 3)
+
+    def leave(x):
+        exit_block = torch.full_like(dev, 6 - int(x))
+        return answers[exit_block - 1, torch.arange(len(dev))], exit_block
+
+    half = 100 * (torch.arange(len(dev)) % 2 == 0).double().mean().item()
+    points = table1.curve(run, table1.Outcome(answers, leave, [0, 2, 3]))
+    assert points == [[0.0, 100.0, 100.0], [pytest.approx(100 / 3), 100.0, 100.0], [50.0, *[pytest.approx(half)] * 2]]
+    assert table1.at(points, 100 / 3) == 100 and table1.at(points, 90) == pytest.approx(half)  # constant beyond its ends
+    assert table1.at(points, 125 / 3) == pytest.approx((100 + half) / 2)  # linear between
+    assert table1.area([[0, 80, 0], [90, 60, 0]]) == pytest.approx(70)
+    whole = table1.curve(run, table1.Outcome(answers, leave, [0.0, 5.0]))
+    assert len(whole) > 30 and whole[0][0] == 0 and whole[-1][0] == pytest.approx(500 / 6)
+
+
+def test_the_setting_of_the_greatest_area_is_chosen(run, monkeypatch):
+    areas = {("A", 1): 3.0, ("A", 2): 7.0, ("DACT, rule (4)", 1): 5.0, ("DACT by entropy", 1): 4.0}
     asked = []
-    monkeypatch.setattr(table1, "measure", lambda run, systems: asked.append(systems) or {"rows": {}, "labels": "1"})
-    table1.measured(run.folder, None, ["deebert"])
-    table1.measured(run.folder, None, ["tau"])
-    table1.measured(run.folder, None, ["deebert"])
-    assert asked == [["deebert"], ["tau", "deebert"]]
+
+    def system(name, *settings):
+        return table1.System(lambda run, setting: asked.append((name, setting)) or (name, setting), settings)
+
+    monkeypatch.setattr(table1, "curve", lambda run, outcome: outcome)
+    monkeypatch.setattr(table1, "area", areas.get)
+    systems = {"A": system("A", 1, 2)} | {name: system(name, 1) for name in table1.OURS}
+    for _ in range(2):
+        chosen, form = table1.choose(run, systems)
+        assert chosen == {"A": 2, **dict.fromkeys(table1.OURS, 1)} and form == "DACT, rule (4)"
+    assert len(asked) == 4  # the second time from the file
 
 
-def test_a_table_over_seeds():
+def test_an_interval_over_seeds_by_hand():
+    """1, 2, 3: mean 2, deviation 1, standard error 1/√3 = 0.577; Student's t with 2 degrees of freedom is 4.303: ± 2.48."""
+    assert table1.interval([1.0, 2.0, 3.0]) == "+2.0 (-0.5 to +4.5), level"
+    assert table1.interval([2.9, 3.0, 3.1]) == "+3.0 (+2.8 to +3.2), ahead"
+    assert table1.interval([-2.9, -3.0, -3.1]).endswith("behind") and table1.interval([2.0]) == "+2.0"
+    assert table1.mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+
+
+def test_the_tables_over_seeds():
+    def curve(shift):
+        return [[0, 60 + shift, 59], [100, 50 + shift, 49]]
+
     results = [
-        {"seed": seed, "curves": {}, "labels": "01", "blocks": {"DACT": [50, 54 + seed]},
-         "rows": {row: {"accuracy": value, "saved": 10.0 * seed, "seconds": 1, "time": 100, "answers": "01"}
-         for row, value in (("majority", 50), ("base", 60 + seed), ("DACT, rule (4)", 60), ("DACT, exact rule", 61))}}
+        {"rows": {"base": [60 + seed, 0.0], "DACT, rule (4)": [60, 10.0 * seed]},
+         "curves": {"DeeBERT": curve(0), "DACT, rule (4)": curve(2 + seed)}, "heads": {"DACT, rule (4)": [50, 54 + seed]}}
         for seed in (0, 1, 2)
     ]  # fmt: skip
-    text = table1.markdown("rte", "m", "tau 0.005", results)
-    assert "seed(s) 0, 1, 2; tau 0.005" in text and "| base | 61.0 ± 1.0 % |" in text and "10.0 ± 10.0 %" in text
-    assert "| 62.7 %, 50.0 % |" in text  # the paper's DACT on RTE
-    assert text.endswith("| accuracy of the head of block | 1 | 2 |\n| --- | ---: | ---: |\n| DACT | 50.0 | 55.0 |\n")
-    assert "| 54.5 %, 63.1 % |" in table1.markdown("rte", "my-roberta", "tau 0.005", results)
-    results[1]["rows"]["first k blocks"] = {"accuracy": 55, "saved": 50, "time": 50}
-    assert "| first k blocks | 55.0 % (1 of 3) |" in table1.markdown("rte", "m", "tau 0.005", results)
-
-
-def test_what_a_row_has_beyond_dact():
-    """Of 400 examples DACT has 300 right, a row the other 100 and 100 of those: 25 points less.
-
-    1 - 1 = 0 for 100 examples, 0 - 1 for 200, 1 - 0 for 100: mean -0.25, deviation sqrt(0.75 - 0.25²) = 0.83, standard
-    error 0.83 / 20 = 4.15 points, 95 % within 1.96 of them: -25 ± 8.1. Of two seeds that agree on all, the same.
-    """
-    right, wrong = "1", "0"
-    dact_said, row_said = right * 300 + wrong * 100, right * 100 + wrong * 200 + right * 100
-    row, rival = "DeeBERT, S for half the blocks", "DACT by entropy, S for half the blocks"
-    result = {"labels": right * 400, "rows": {row: {"answers": row_said}, rival: {"answers": dact_said}}}
-    for results in ([result], [result] * 2):
-        said = re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", table1.beyond(row, results, "accuracy"))
-        difference, low, high = map(float, said.groups())
-        assert difference == -25 and low == pytest.approx(-33.1, abs=1) and high == pytest.approx(-16.9, abs=1)
-    assert table1.beyond(rival, [result], "accuracy") == ""
-    other = {"labels": right * 400, "rows": {row: {"answers": dact_said}, rival: {"answers": dact_said}}}
-    low = float(table1.beyond(row, [result, other], "accuracy").split("(")[1].split()[0])
-    assert table1.beyond(row, [result, other], "accuracy").startswith("-12.5 (") and low < -25  # both draws of one seed
-    assert table1.beyond("DeeBERT, S = 0.50", [result], "accuracy") == ""
-    assert table1.beyond("base", [result], "accuracy") == ""  # rule (4) is not there
-
-
-def test_noise_of_one_seed_on_one_example_counts_once():
-    """Five seeds, 400 examples, each answer right by its own chance of 0.8.
-
-    The difference of two has the variance 2 x 0.8 x 0.2, its mean over 2000 a standard error of 1.26 points.
-    """
-    torch.manual_seed(0)
-    row, rival = "DeeBERT, S for half the blocks", "DACT by entropy, S for half the blocks"
-    results = [
-        {"labels": "1" * 400, "rows": {name: {"answers": table1.digits((torch.rand(400) < 0.8).long())}
-         for name in (row, rival)}} for _ in range(5)
-    ]  # fmt: skip
-    low, high = re.search(r"\((\S+) to (\S+)\)", table1.beyond(row, results, "accuracy")).groups()
-    assert float(high) - float(low) == pytest.approx(2 * 1.96 * 1.26, rel=0.2)
-
-
-def test_the_mean_curve():
-    """It ends where the shorter of the two does: (0 + 10) / 2 at 0, (20 + 20) / 2 at 40."""
-    saved, mean = table1.mean_curve([[[80, 40], [0, 0]], [[40, 20], [20, 20], [0, 10]]])
-    assert (saved[0], saved[-1]) == (0, 40) and (mean[0], mean[-1]) == (5, 20)
-
-
-def test_runs_of_other_settings_make_other_tables(run, tmp_path, capsys, monkeypatch):
-    shutil.copytree(run.folder, tmp_path / "other")
-    metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "tau": 0.5}
-    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
-    argv = [str(run.folder), str(tmp_path / "other"), "--without", *table1.SYSTEMS]
-    assert baselines.command(lambda _: table1.main(argv)) == 0
-    assert capsys.readouterr().out.count("**toy") == 2
-    (run.trained / "table1.json").unlink()
-    monkeypatch.setattr(table1, "measure", None)  # a mistake is found before anything is measured
-    assert baselines.command(lambda _: table1.main([str(run.folder), *argv])) == 2
-    monkeypatch.undo()
-    assert "a second run of seed 0" in capsys.readouterr().err
-    metrics = json.loads((run.folder / "metrics.json").read_text()) | {"seed": 1, "epochs": 1}  # as a default, not 1.0
-    (tmp_path / "other" / "metrics.json").write_text(json.dumps(metrics))
-    assert baselines.command(lambda _: table1.main(argv)) == 0
-    assert capsys.readouterr().out.count("**toy") == 1
+    args = train.parse_arguments(["--task", "rte", "--model", "m"])
+    text = table1.markdown(args, {"DeeBERT": ("code", 2)}, "DACT, rule (4)", results)
+    assert "| base | 61.0 ± 1.0 | 0.0 ± 0.0 | 69.9, 0.0 % saved |" in text
+    assert "| DACT, rule (4) | 60.0 ± 0.0 | 10.0 ± 10.0 | 62.7, 50.0 % saved |" in text
+    assert "| DeeBERT | 57.5 ± 0.0 | 56.7 ± 0.0 | 55.0 ± 0.0 | 52.5 ± 0.0 | 54.0 ± 0.0 | 55.5 ± 0.0 | code, 6 epochs |" in text
+    assert text.count("| DeeBERT | +3.0 (+0.5 to +5.5), ahead |") == 1
+    assert text.endswith("| the head of block | 1 | 2 |\n| --- | ---: | ---: |\n| DACT, rule (4) | 50.0 | 55.0 |\n")
+    args.model = "my-roberta"
+    assert "54.5, 63.1 % saved" in table1.markdown(args, {}, "DACT, rule (4)", results)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +518,8 @@ def test_metrics_that_no_run_has(run, broken):
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
-    for script in (table1, generality):
-        assert baselines.command(lambda _, script=script: script.main([str(tmp_path)])) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and "metrics.json" in error and error.count("\n") == 1
+    assert baselines.command(lambda _: generality.main([str(tmp_path)])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "metrics.json" in error and error.count("\n") == 1
+    assert baselines.command(lambda _: table1.main([str(tmp_path)])) == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
