@@ -511,7 +511,7 @@ def open_weights(path, files):
             parts = sorted({str(part) for part in index["weight_map"].values()})
     for part in parts:
         if part not in files:
-            raise InputError(f"{path}: {plain(part)} is missing; give the whole checkpoint")
+            raise InputError(f"{path}: {whole}.index.json names {plain(part)!r}, which is missing; give the whole checkpoint")
         found = kinds[whole](path, part)
         if twice := sorted(tensors.keys() & found.keys()):
             raise InputError(f"{path}: {name_some(twice)} in several files; give the checkpoint as it came")
@@ -559,8 +559,6 @@ def tensor_at(content, source, name, dtype, shape, start, end, transposed=False)
         raise InputError(f"{source}: {plain(name)} is of type {plain(dtype)}; expected one of {', '.join(map(str, TYPES))}")
     if end - start != math.prod(shape) * TYPES[dtype].itemsize:
         raise InputError(f"{source}: {plain(name)} has shape {plain(shape)} in {end - start} bytes; download it again")
-    if end > len(content):
-        raise InputError(f"{source} ends after {len(content)} bytes, inside or before {plain(name)}; download it again")
     tensor = torch.from_numpy(content[start:end]).view(TYPES[dtype]).view(shape)
     tensor = tensor.T if transposed else tensor
     tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -591,7 +589,7 @@ def read_tokenizer(path, files):
     with reading(f"{path}: tokenizer_config.json"):
         kind = settings.get("tokenizer_class") or "BertTokenizer"
     if re.sub("Fast$", "", str(kind)) not in ("BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizer"):
-        raise InputError(f"{path}: a {plain(kind)} cannot be read; add its tokenizer.json, which says all of it")
+        raise InputError(f"{path}: tokenizer_config.json: no {plain(kind)} can be read; add its tokenizer.json, which says all of it")
     if {"vocab.json", "merges.txt"} <= files:
         ids = read_json(path, "vocab.json")
         if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < 2**31 for i in ids.values()):
@@ -646,17 +644,20 @@ def open_google(path, index):
     wanted = DATA_SUMS.get(hashlib.sha256(content).hexdigest())
 
     @cache
-    def shard(file):
-        content = read_file(path, file)
+    def shard(number):
+        """(the bytes of a data file, what a message calls it)"""
+        source = f"{path}: {index.removesuffix('.index')}.data-{number:05d}-of-{num_shards:05d}"
+        content = read_file(path, source.rpartition(": ")[2])
+        size = max(entry.offset + entry.size for entry in entries.values() if entry.shard == number)
+        if len(content) != size:
+            raise InputError(f"{source} has {len(content)} bytes, its index says {size}; copy or download it again")
         if wanted and hashlib.sha256(content).hexdigest() != wanted:
-            raise InputError(f"{path}: {file} is damaged, its sha256 is not {wanted}; download it again")
-        return content
+            raise InputError(f"{source} is damaged, its sha256 is not {wanted}; download it again")
+        return content, source
 
     def read(name, entry):
-        file = f"{index.removesuffix('.index')}.data-{entry.shard:05d}-of-{num_shards:05d}"
         place = entry.dtype, entry.shape, entry.offset, entry.offset + entry.size
-        # TensorFlow keeps a matrix as (in, out), nn.Linear as (out, in)
-        return tensor_at(shard(file), f"{path}: {file}", name, *place, transposed=name.endswith("kernel"))
+        return tensor_at(*shard(entry.shard), name, *place, transposed=name.endswith("kernel"))  # (in, out) in TensorFlow
 
     return {name: partial(read, name, entry) for name, entry in entries.items()}
 
@@ -801,7 +802,8 @@ def open_bin(path, file):
             raise TypeError("something in it is none")
 
     def read(name, tensor):
-        if tensor.dtype not in TYPES.values() or tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        strange = tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_neg()
+        if strange or tensor.dtype not in TYPES.values():
             raise InputError(f"{source}: {plain(name)} is {tensor.dtype}, {tensor.layout}; expected plain numbers of 16 or 32 bits")
         return tensor
 

@@ -435,7 +435,8 @@ class Dataset:
     def __init__(self, examples, tokenizer, max_tokens, pad_id):
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()  # padding is per batch, below
-        encodings = tokenizer.encode_batch(examples.texts)
+        with reading("the tokenizer", "give the one that came with the weights"):
+            encodings = tokenizer.encode_batch(examples.texts)
         self.input_ids = [torch.tensor(encoding.ids) for encoding in encodings]
         self.segment_ids = [torch.tensor(encoding.type_ids) for encoding in encodings]
         self.labels = torch.tensor(examples.labels)

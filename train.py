@@ -673,6 +673,8 @@ def check_folder(args):
     if "metrics.json" in held:
         what = "choose another --out, or start again with --overwrite and without --resume"
         raise InputError(f"{args.out} holds a finished run; {what}")
+    if "dact.pt" in held and "stage1.pt" not in held:
+        raise InputError(f"{args.out}: stage1.pt is missing beside dact.pt; choose another --out, or start again with --overwrite")
     if not args.resume:
         what = "go on with --resume, choose another --out, or start again with --overwrite"
         raise InputError(f"{args.out} holds an unfinished run; {what}")
@@ -684,7 +686,7 @@ def finished_stages(args):
     for stage, name in ((1, "stage1.pt"), (2, "dact.pt")):
         if not args.resume or not (args.out / name).exists():
             break
-        finished.append(load_run(args.out / name, stage))
+        finished.append(load_run(args.out / name, stage, args.task))
         print(f"resumed    after stage {stage}")
     if len(set(gather(len(finished)))) > 1:
         raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
@@ -811,17 +813,17 @@ class Saved(NamedTuple):
 
 
 VERSION = 2  # of the files below; an older one has other heads, or other names
-KINDS = {"task": str, "stage": int, "model": str, "max_tokens": int, "config": dict, "tokenizer": str, "state": dict,
-         "settings": dict, "seconds": dict}  # fmt: skip
+KINDS = {"task": str, "stage": int, "model": str, "max_tokens": int, "config": dict, "settings": dict, "seconds": dict}
 
 
 def save_model(path, saved):
     """Write stage1.pt or dact.pt: all that `load_run` needs."""
     stage = 2 if isinstance(saved.model, dact.DactBert) else 1
-    content = {"version": VERSION, "task": saved.task, "stage": stage, "model": saved.name, "max_tokens": saved.max_tokens,
-               "config": asdict(saved.config), "tokenizer": saved.tokenizer.to_str(), "state": saved.model.state_dict(),
-               "settings": saved.settings, "seconds": saved.seconds}  # fmt: skip
-    write_whole(path, torch_bytes(content))
+    about = {"task": saved.task, "stage": stage, "model": saved.name, "max_tokens": saved.max_tokens,
+             "config": asdict(saved.config), "settings": saved.settings, "seconds": saved.seconds}  # fmt: skip
+    about = json.dumps(about)  # so that nothing but plain numbers and words comes back
+    texts = {"version": VERSION, "about": about, "tokenizer": saved.tokenizer.to_str()}
+    write_whole(path, torch_bytes(texts | {"state": saved.model.state_dict()}))
 
 
 def load_run(path, stage=2, task=None):
@@ -834,19 +836,20 @@ def load_run(path, stage=2, task=None):
         raise InputError(f"{path}: no such file; name a run that finished this stage")
     saved = bert.load_pickle(path)
     with data.reading(path, "it is no model of a run; name another file"):
-        version = saved["stage"] and saved.get("version")
-        if version == VERSION:
+        state, version = saved["state"], saved.get("version")
+        if type(version) is int and version == VERSION:
+            about, tokenizer = json.loads(saved["about"]), Tokenizer.from_str(saved["tokenizer"])
             for key, kind in KINDS.items():
-                if not isinstance(saved[key], kind):
+                if type(about[key]) is not kind:
                     raise TypeError(f"{key} is no {kind.__name__}")
-            tokenizer = Tokenizer.from_str(saved["tokenizer"])
-    if version != VERSION:
-        raise InputError(f"{path}: written by another version of dact-bert; train again")
-    task, found = task or saved["task"], data.plain(saved["task"])
-    if (saved["task"], saved["stage"]) != (task, stage):
-        wanted = f"expected stage {stage} on {task!r}"
-        raise InputError(f"{path}: stage {saved['stage']} of a run on {found!r}, {wanted}; name another one")
-    config, max_tokens = bert.BertConfig.from_dict(saved["config"], str(path)), saved["max_tokens"]
+            if not all(type(time) is float and 0 <= time < 1e9 for time in about["seconds"].values()):
+                raise ValueError("seconds that no training takes")
+        else:
+            raise InputError(f"{path}: written by another version of dact-bert; train again")
+    task, config, max_tokens = task or about["task"], bert.BertConfig.from_dict(about["config"], str(path)), about["max_tokens"]
+    if (about["task"], about["stage"]) != (task, stage):
+        found, wanted = data.plain(about["task"]), f"expected stage {stage} on {task!r}"
+        raise InputError(f"{path}: stage {about['stage']} of a run on {found!r}, {wanted}; name another one")
     bert.check_tokenizer(tokenizer, config, path)
     if not 8 <= max_tokens <= config.max_tokens:
         raise InputError(f"{path}: max_tokens is {max_tokens}, for {config.max_tokens} positions; name another run")
@@ -858,9 +861,10 @@ def load_run(path, stage=2, task=None):
         else:
             model = dact.DactBert(model, num_classes)
     with data.reading(path, "its weights do not fit its own config; name another run"):
-        check_state(saved["state"], model)
-        model.load_state_dict(saved["state"], assign=True)
-    return Saved(model, tokenizer, data.plain(saved["model"], 200), max_tokens, task, config, saved["settings"], saved["seconds"])
+        check_state(state, model)
+        model.load_state_dict(state, assign=True)
+    name = data.plain(about["model"], 200)
+    return Saved(model, tokenizer, name, max_tokens, task, config, about["settings"], about["seconds"])
 
 
 def check_state(state, model):

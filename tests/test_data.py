@@ -15,7 +15,7 @@ import pytest
 import torch
 from fakes import ASSETS, GLUE, google_arrays, needs_assets, write_glue, write_google, write_roberta, zip_folder
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import WordLevel, WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
 import bert
@@ -468,3 +468,11 @@ def test_toy_labels_and_levels():
     assert 0.4 < np.mean(examples.labels) < 0.6
     assert set(" ".join(examples.texts).split()) <= set(data.TOY_WORDS)
     assert data.toy_examples(900, seed=5) == examples != data.toy_examples(900, seed=6)
+
+
+def test_a_tokenizer_that_fails_on_a_text():
+    """Its unknown word does not exist, which only a word that it does not know brings to light."""
+    tokenizer = Tokenizer(WordPiece({"a": 0}, unk_token="[UNK]"))
+    data.Dataset(data.Examples(["a"], [0]), tokenizer, 8, 0)
+    with pytest.raises(InputError, match="the tokenizer: cannot be read"):
+        data.Dataset(data.Examples(["b"], [0]), tokenizer, 8, 0)

@@ -554,19 +554,19 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
     assert "stage 2 of a run" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
     saved = torch.load(toy_run / "dact.pt")
-    numbers = [{"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}]
-    for broken in (*numbers, {"config": {}}, {"state": {}}, {"state": 5}, {"state": {"heads.0.scale.mean": 5}}):
+    fields = [{"settings": 5}, {"seconds": None}, {"seconds": {"stage 1": math.nan}}, {"task": 1}, {"stage": "2"}, {"model": 5},
+              {"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}, {"config": {}}]  # fmt: skip
+    abouts = [{"about": json.dumps(json.loads(saved["about"]) | field)} for field in fields]
+    parts = [{"about": torch.zeros(2)}, {"about": "[]"}, {"tokenizer": [""]}, {"version": torch.zeros(1).expand(10**10)}]
+    for broken in (*abouts, *parts, {"state": {}}, {"state": 5}, {"state": {"heads.0.scale.mean": 5}}):
         torch.save(saved | broken, tmp_path / "dact.pt")
         assert "dact.pt: " in fails(capsys, "--out", tmp_path, "--explain", "x")
     name, weight = "backbone.blocks.0.up.weight", saved["state"]["backbone.blocks.0.up.weight"]
     for other in (weight.double(), weight[:-1], weight.to_sparse(), 5, None):
         torch.save(saved | {"state": saved["state"] | {name: other}}, tmp_path / "dact.pt")
         assert "do not fit its own config" in fails(capsys, "--out", tmp_path, "--explain", "x")
-    torch.save({name: saved[name] for name in saved.keys() - {"config"}}, tmp_path / "dact.pt")
+    torch.save({name: saved[name] for name in saved.keys() - {"about"}}, tmp_path / "dact.pt")
     assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
-    for kind in ({"settings": 5}, {"seconds": None}, {"task": 1}, {"stage": "2"}, {"tokenizer": [""]}, {"model": 5}):
-        torch.save(saved | kind, tmp_path / "dact.pt")
-        assert "no model of a run" in fails(capsys, "--out", tmp_path, "--explain", "x")
     torch.save({name: saved[name] for name in saved.keys() - {"version"}}, tmp_path / "dact.pt")
     assert "written by another version of dact-bert; train again" in fails(capsys, "--out", tmp_path, "--explain", "x")
     assert "no such file" in fails(capsys, "--stage1", tmp_path / "stage1.pt", "--out", tmp_path / "new")
@@ -623,9 +623,13 @@ def test_a_folder_that_holds_a_run(toy_run, tmp_path, capsys):
     assert "unknown model" in fails(capsys, "--task", "rte", "--model", "bort", "--overwrite", "--out", toy_run)
     assert {file.name: file.read_bytes() for file in toy_run.iterdir()} == before  # nothing is lost by a bad command
     argv = ["--epochs", "0.05", "--precision", "float32", "--out", tmp_path]
+    (tmp_path / "dact.pt").write_bytes(before["dact.pt"])
+    assert "stage1.pt is missing beside dact.pt" in fails(capsys, *argv, "--resume")
+    (tmp_path / "dact.pt").unlink()
     (tmp_path / "stage1.pt").write_bytes(before["stage1.pt"])
     assert "holds an unfinished run" in fails(capsys, *argv)
     assert "its run has epochs 1.0, not 0.05" in fails(capsys, *argv, "--resume")
+    assert "a run on 'toy', expected stage 1 on 'rte'" in fails(capsys, *argv, "--resume", "--task", "rte")
     assert train.main([str(word) for word in [*argv, "--overwrite", "--stage1", tmp_path / "stage1.pt"]]) == 0
     states = [torch.load(folder / "stage1.pt")["state"] for folder in (toy_run, tmp_path)]
     assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states)))
