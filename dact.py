@@ -22,34 +22,31 @@ from torch import nn
 # ---- Equations (1) and (2): the accumulator -------------------------------------------------------------------------
 
 
-def accumulate(y_n, h_n, a, p):
+def accumulate(y_n, h_n, a=None, p=None):
     """Fold block n's answer into the running answer: equations (1) and (2).
 
     paper    here  shape   meaning
     y_n      y_n   (B, C)  answer of block n: class probabilities, a softmax
     h_n      h_n   (B,)    halting value of block n in (0, 1): 1 goes on, 0 stops
-    a_{n-1}  a     (B, C)  the answer accumulated so far; comes back as a_n
-    p_{n-1}  p     (B,)    the weight left to block n; comes back as p_n, the weight left to the blocks after n
+    a_{n-1}  a     (B, C)  the answer accumulated so far, left out at n = 1; comes back as a_n
+    p_{n-1}  p     (B,)    the weight left to block n, left out at n = 1; comes back as p_n, left to the blocks after n
 
     >>> y_1, y_2 = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.4, 0.6]])
-    >>> a, p = accumulate(y_1, torch.tensor([0.5]), *start(y_1))   # a_1 = y_1, p_1 = 0.5
-    >>> accumulate(y_2, torch.tensor([0.1]), a, p)[0]              # a_2 = 0.5 * y_2 + 0.5 * a_1
+    >>> a, p = accumulate(y_1, torch.tensor([0.5]))   # a_1 = y_1, p_1 = 0.5
+    >>> accumulate(y_2, torch.tensor([0.1]), a, p)[0]   # a_2 = 0.5 * y_2 + 0.5 * a_1
     tensor([[0.6000, 0.4000]])
     """
+    if a is None:  # a_0 = 0 and p_0 = 1. So a_1 = y_1, and every a_n sums to 1 although a_0 does not.
+        a, p = torch.zeros_like(y_n), torch.ones_like(h_n)
     # The order matters: block n is weighted by p_{n-1}, what the blocks before it left over. Its own h_n comes after.
     a = y_n * p[:, None] + a * (1 - p[:, None])  # (1)  a_n = y_n p_{n-1} + a_{n-1} (1 - p_{n-1})         (B, C)
     p = h_n * p  # (2)  p_n = h_n p_{n-1}                                                                 (B,)
     return a, p
 
 
-def start(y_n):
-    """a_0 = 0 and p_0 = 1, shaped like y_n (B, C). So a_1 = y_1, and every a_n sums to 1 although a_0 does not."""
-    return torch.zeros_like(y_n), torch.ones_like(y_n[:, 0])
-
-
 def accumulate_all(y, h):
     """All running answers of N blocks at once: y (N, B, C), h (N, B) -> a (N, B, C), p (N, B); a[-1] is a_N."""
-    steps = [start(y[0])]
+    steps = [()]
     for y_n, h_n in zip(y, h):
         steps.append(accumulate(y_n, h_n, *steps[-1]))
     return tuple(torch.stack(column) for column in zip(*steps[1:]))
@@ -149,8 +146,6 @@ class DactModule(nn.Module):
                +-> Linear + ReLU -> Linear + Sigmoid -> h_n
     """
 
-    START = 2.0  # bias of the halting unit before training
-
     def __init__(self, size, num_classes):
         super().__init__()
         # DIFFERS: in the early blocks of a pretrained BERT [CLS] hardly differs between inputs, by 0.0006 in block 2 of
@@ -164,12 +159,12 @@ class DactModule(nn.Module):
         self.reset_halting()
 
     def reset_halting(self):
-        """Untrained halting: h_n = sigmoid(START) = 0.88 for every input."""
+        """Untrained halting: h_n = sigmoid(2) = 0.88 for every input."""
         # CHOICE: flat and open. By (4), twelve such blocks stop at most one block early, so what is saved beyond that
         # has been learned. At h = 0.5, blocks 1-3 would hold 77 % of a_N and know nothing of the task yet.
         self.halt[0].reset_parameters()
         nn.init.zeros_(self.halt[-1].weight)
-        nn.init.constant_(self.halt[-1].bias, self.START)
+        nn.init.constant_(self.halt[-1].bias, 2.0)
 
     def logits(self, cls):
         """y_n before its softmax (B, C), h_n before its sigmoid (B,)."""
@@ -202,12 +197,12 @@ class DactBert(nn.Module):
     def early_exit(self, *inputs, rule=paper_rule):
         """Inference: every sequence leaves the batch at the first block where `rule` holds. Returns `Halted`.
 
-        inputs: as for forward; padding must be on the right. rule: (a, p, d) -> (left, right), as `paper_rule`.
+        inputs: as for `forward`. rule: (a, p, d) -> (left, right), as `paper_rule`.
         """
 
         def step(n, cls, state):
             y_n, h_n = self.heads[n - 1](cls)
-            a, p = accumulate(y_n, h_n, *(state or start(y_n)))  # no state before block 1
+            a, p = accumulate(y_n, h_n, *state)
             left, right = rule(a, p, len(self.heads) - n)
             return a, left >= right, (a, p)
 
@@ -246,11 +241,9 @@ def early_exit(backbone, inputs, step):
         answer, halt, state = step(n, hidden[:, 0], state)
         if n == 1:
             answers = torch.zeros_like(answer)
-        # Every survivor writes its answer; those that leave now write no more, so this is where they exit.
+        # Every survivor writes its answer and n. Who leaves now writes no more: what was written last is the exit.
         answers[alive] = answer
         exit_block.index_fill_(0, alive, n)  # not `[alive] = n`, which would bring n from the CPU
-        if n == len(backbone.blocks):  # the last block always answers
-            break
         keep = (~halt).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
         if len(keep) == 0:
             break
