@@ -66,21 +66,22 @@ class Task:
     archive: str = ""
     texts: tuple = ()  # headers of the sentence, or of both sentences of a pair
     label: str = "label"
-    parts: tuple = ("",)  # MNLI has two dev and two test files
     header: tuple = ()  # of the train and dev files that come without one
+    parts: tuple = (("", ""),)  # what names end in: of its dev and test files, and of the file GLUE's server takes
 
 
 BINARY, ENTAILMENT, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
 THREE_WAY = ("entailment", "neutral", "contradiction")
-QUESTIONS, ACCURACY, F1 = ("question1", "question2"), ("accuracy",), ("F1", "accuracy")
+ACCURACY, F1 = ("accuracy",), ("F1", "accuracy")
 COLA = ("source", "label", "mark", "sentence")
+MNLI = (("_matched", "-m"), ("_mismatched", "-mm"))
 TASKS = {
     "toy": Task(("negative", "positive"), ACCURACY),
     "cola": Task(BINARY, ("Matthews",), "CoLA", "CoLA.zip", ("sentence",), header=COLA),
     "sst-2": Task(BINARY, ACCURACY, "SST-2", "SST-2.zip", ("sentence",)),
     "mrpc": Task(BINARY, F1, "MRPC", "", ("#1 String", "#2 String"), "Quality"),
-    "qqp": Task(BINARY, F1, "QQP", "QQP-clean.zip", QUESTIONS, "is_duplicate"),
-    "mnli": Task(THREE_WAY, ACCURACY, "MNLI", "MNLI.zip", PAIR, "gold_label", ("matched", "mismatched")),
+    "qqp": Task(BINARY, F1, "QQP", "QQP-clean.zip", ("question1", "question2"), "is_duplicate"),
+    "mnli": Task(THREE_WAY, ACCURACY, "MNLI", "MNLI.zip", PAIR, "gold_label", parts=MNLI),
     "qnli": Task(ENTAILMENT, ACCURACY, "QNLI", "QNLIv2.zip", ("question", "sentence")),
     "rte": Task(ENTAILMENT, ACCURACY, "RTE", "RTE.zip", PAIR),
     "wnli": Task(BINARY, ACCURACY, "WNLI", "WNLI.zip", PAIR),
@@ -117,12 +118,13 @@ def load_task(name, folder=None):
     task = find_task(name)
     if name == "toy":
         return toy_examples(4096, seed=1), toy_examples(600, seed=2)
+    folder = own_path(folder or cache_dir() / "glue")
     if name == "mrpc" and not local_file(folder, "MRPC/train.tsv"):
         return load_mrpc(task, folder)
     train, dev = Examples(), Examples()
-    read_into(train, task, folder, f"{task.folder}/train.tsv", "")
-    for part in task.parts:
-        read_into(dev, task, folder, f"{task.folder}/dev{part and '_' + part}.tsv", part)
+    read_into(train, task, folder, f"{task.folder}/train.tsv")
+    for part, _ in task.parts:
+        read_into(dev, task, folder, f"{task.folder}/dev{part}.tsv", part.removeprefix("_"))
     return train, dev
 
 
@@ -131,12 +133,12 @@ def load_test(name, folder=None):
     task, test = find_task(name), Examples()
     if name == "toy":
         raise InputError("the toy task has no test set; choose a task of GLUE")
+    folder = own_path(folder or cache_dir() / "glue")
     task = replace(task, label="", header=())  # CoLA's test file does have a header
-    for part in task.parts:
-        file = f"{task.folder}/test{part and '_' + part}.tsv"
+    for part, suffix in task.parts:
+        file = f"{task.folder}/test{part}.tsv"
         if name == "mrpc" and not local_file(folder, file):
             file = "MRPC/msr_paraphrase_test.txt"
-        suffix = {"": "", "matched": "-m", "mismatched": "-mm"}[part]
         read_into(test, task, folder, file, task.folder + suffix)
     if name == "mnli":  # a model of MNLI answers GLUE's diagnostic set, too
         try:
@@ -146,39 +148,36 @@ def load_test(name, folder=None):
     return test
 
 
-def read_into(examples, task, folder, name, group):
+def read_into(examples, task, folder, name, group=""):
     """Append the rows of GLUE's file `name` to `examples`."""
     columns = (*task.texts, task.label) if task.label else task.texts
-    content, source = find_file(folder, name, task.archive)
-    add_rows(examples, parse_tsv(content, source, columns, task.header), task, source, group)
+    add_rows(examples, parse_tsv(*find_file(folder, name, task.archive), columns, task.header), task, group)
 
 
 def load_mrpc(task, folder):
     """MRPC as GLUE splits it: the rows of Microsoft's train file whose two ids stand in the dev ids are dev."""
-    content, source = find_file(folder, "MRPC/msr_paraphrase_train.txt")
-    rows = parse_tsv(content, source, (*task.texts, task.label, "#1 ID", "#2 ID"))
-    content, ids_source = find_file(folder, "MRPC/mrpc_dev_ids.tsv")
-    with reading(ids_source, "delete it to download it again"):
-        dev_ids = {tuple(line.split("\t")) for line in content.decode("utf-8-sig").replace("\r", "").split("\n") if line}
-    strangers = sorted(dev_ids - {tuple(row[3:]) for _, row in rows})
-    if strangers or not dev_ids:
-        what = f"{plain(strangers[0])} names no row of {source}" if strangers else "no ids in it"
-        raise InputError(f"{ids_source}: {what}; delete both files to download them again")
+    ids = ("#1 ID", "#2 ID")
+    rows = parse_tsv(*find_file(folder, "MRPC/msr_paraphrase_train.txt"), (*task.texts, task.label, *ids))
+    content, source = find_file(folder, "MRPC/mrpc_dev_ids.tsv")
+    dev_ids = {tuple(pair) for _, pair in parse_tsv(content, source, ids, header=ids)}
+    train, dev = [], []
+    for place, (*fields, first, second) in rows:
+        (dev if (first, second) in dev_ids else train).append((place, fields))
+    if len(dev) != len(dev_ids) or not train:
+        found = f"its {len(dev_ids)} ids are those of {len(dev)} of {len(rows)} rows of msr_paraphrase_train.txt"
+        raise InputError(f"{source}: {found}; delete both files to download them again")
     splits = Examples(), Examples()
-    for split, wanted in zip(splits, (False, True)):
-        part = [(line, row[:3]) for line, row in rows if (tuple(row[3:]) in dev_ids) == wanted]
-        if not part:
-            raise InputError(f"{ids_source}: all rows of {source} are dev; delete both files to download them again")
-        add_rows(split, part, task, source)
+    add_rows(splits[0], train, task)
+    add_rows(splits[1], dev, task)
     return splits
 
 
-def add_rows(examples, rows, task, name, group=""):
-    """Append rows of (sentence, label word), (sentence 1, sentence 2, label word), or the same without a label."""
-    for number, fields in rows:
-        texts, label = fields[: len(task.texts)], fields[-1] if task.label else task.labels[0]
+def add_rows(examples, rows, task, group=""):
+    """Append rows of (place, [sentence, label word]), or of a pair of sentences, or without a label."""
+    for place, fields in rows:
+        *texts, label = fields if task.label else (*fields, task.labels[0])
         if label not in task.labels:
-            raise InputError(f"{name}, line {number}: unknown label {plain(label)!r}; expected one of {list(task.labels)}")
+            raise InputError(f"{place}: unknown label {plain(label)!r}; expected one of {list(task.labels)}")
         examples.texts.append(texts[0] if len(texts) == 1 else tuple(texts))
         examples.labels.append(task.labels.index(label))
         if group:
@@ -187,38 +186,27 @@ def add_rows(examples, rows, task, name, group=""):
 
 # ---- Files and downloads --------------------------------------------------------------------------------------------
 
-GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
-SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-DOWNLOADS = {  # name in the folder: (URL, sha256)
-    "AX.tsv": (GLUE_URL + "AX.tsv", None),
-    "CoLA.zip": (GLUE_URL + "CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    "SST-2.zip": (GLUE_URL + "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-    "QQP-clean.zip": (GLUE_URL + "QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-    "MNLI.zip": (GLUE_URL + "MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "QNLIv2.zip": (GLUE_URL + "QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "RTE.zip": (GLUE_URL + "RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-    "WNLI.zip": (GLUE_URL + "WNLI.zip", "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
-    "MRPC/msr_paraphrase_train.txt": (
-        SENTEVAL_URL + "msr_paraphrase_train.txt",
-        "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-    ),
-    "MRPC/msr_paraphrase_test.txt": (
-        SENTEVAL_URL + "msr_paraphrase_test.txt",
-        "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
-    ),
-    "MRPC/mrpc_dev_ids.tsv": (
-        GLUE_URL + "mrpc_dev_ids.tsv",
-        "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-    ),
+GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+DOWNLOADS = {  # name in the folder: (URL of the folder that it is in, sha256)
+    "AX.tsv": (GLUE, None),
+    "CoLA.zip": (GLUE, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    "SST-2.zip": (GLUE, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "QQP-clean.zip": (GLUE, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "MNLI.zip": (GLUE, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    "QNLIv2.zip": (GLUE, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "RTE.zip": (GLUE, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "WNLI.zip": (GLUE, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+    "MRPC/msr_paraphrase_train.txt": (SENTEVAL, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+    "MRPC/msr_paraphrase_test.txt": (SENTEVAL, "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
+    "MRPC/mrpc_dev_ids.tsv": (GLUE, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
 }
 
 
 def cache_dir():
     """The folder for everything that is downloaded: $XDG_CACHE_HOME/dact-bert, by default ~/.cache/dact-bert."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dact-bert"
-    except RuntimeError:
-        raise InputError("no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from None
+    with reading("~/.cache", "set XDG_CACHE_HOME to a folder"):
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dact-bert"
 
 
 def own_path(text):
@@ -227,47 +215,40 @@ def own_path(text):
         return Path(text).expanduser()
 
 
-def data_folder(folder):
-    return own_path(folder) if folder else cache_dir() / "glue"
-
-
 def local_file(folder, name):
-    """Where GLUE's file `name`, such as RTE/dev.tsv, lies in a folder like GLUE's, or in the task's own; None if nowhere."""
-    folder = data_folder(folder)
+    """Where GLUE's file `name`, say RTE/dev.tsv, lies in a folder like GLUE's or in the task's own; None if nowhere."""
     return next((path for path in (folder / name, folder / Path(name).name) if path.is_file()), None)
 
 
 def find_file(folder, name, archive=""):
-    """GLUE's file `name`: (its bytes, where they are from). From `folder`, else out of the (downloaded) archive.
+    """GLUE's file `name`: (its bytes, where they are from). From `folder`, else downloaded: alone, or in its archive.
 
-    Without an archive the file itself is what is downloaded. Nothing is ever unpacked to disk.
+    Nothing is ever unpacked to disk.
     """
-    path, kind = local_file(folder, name), archive or name
-    folder = data_folder(folder)
-    if not path and ((folder / "train.tsv").is_file() or kind not in DOWNLOADS):  # a task's own folder, and incomplete
-        raise InputError(f"{folder}: {Path(name).name} is missing beside train.tsv; add it, or name another folder")
-    if not path and not archive:
-        path = download(DOWNLOADS[name][0], folder / name, DOWNLOADS[name][1])
-    if path:
+    path, wanted = local_file(folder, name), name if name in DOWNLOADS else archive
+    if not path:
+        if wanted not in DOWNLOADS or (folder / "train.tsv").is_file():  # a task's own folder, and incomplete
+            raise InputError(f"{folder}: {Path(name).name} is missing beside train.tsv; add it, or name another folder")
+        url, sha256 = DOWNLOADS[wanted]
+        path = download(url + Path(wanted).name, folder / wanted, sha256)
+    if path.suffix != ".zip":
         print(f"reading    {path}")
         return path.read_bytes(), str(path)
-    path = download(DOWNLOADS[archive][0], folder / archive, DOWNLOADS[archive][1], member=name)
     print(f"reading    {name} in {path}")
     with reading(path, "delete it to download it again"), zipfile.ZipFile(path) as zipped:
         return zipped.read(name), f"{path}: {name}"
 
 
-def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
+def download(url, path, sha256=None, member=None, pause=1.0):
     """Download `url` to `path` unless it is there already. Returns the path.
 
     The bytes go to `path` + ".part" first, and a later attempt (or a later run) resumes there. Only a file of the right
-    length, sha256 (if given) and zip contents (if a member is named) gets its final name. pause: seconds before
-    the second attempt, doubled after each. Raises InputError with one line when it cannot be had.
+    sha256 gets its final name; without one, only a sound zip that holds `member` (if named), and never a web page.
+    pause: seconds before the second attempt, doubled after each. Raises InputError with one line when it cannot be had.
     """
-    path, part = Path(path), Path(f"{path}.part")
+    path = Path(path)
     if path.is_file():
         return path
-    problem = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as at_the_end:
@@ -276,16 +257,14 @@ def download(url, path, sha256=None, member=None, attempts=4, pause=1.0):
                 at_the_end.callback(os.close, handle)
                 lock(handle, path.parent, wait=True)
             if not path.is_file():  # else another run downloaded it while this one waited
-                problem = try_download(url, path, part, sha256, member, attempts, pause)
+                try_download(url, path, sha256, member, pause)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
-    if problem:
-        raise InputError(f"cannot download {url}: {problem}; try again later, or place the file at {path} yourself")
     return path
 
 
 def lock(file, folder, wait=False):
-    """Keep other runs out of a folder while `file`, open in it, or its own descriptor is. Raises InputError, or waits."""
+    """Keep other runs out of a folder while `file` is open, in it or its descriptor. Raises InputError, or waits."""
     if fcntl:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -295,58 +274,58 @@ def lock(file, folder, wait=False):
             pass
 
 
-def try_download(url, path, part, sha256, member, attempts, pause):
-    """`download`'s attempts: the last problem as words, empty if the file is at `path` now."""
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(pause * 2 ** (attempt - 1))
-        resumed = part.is_file() and part.stat().st_size > 0
+def try_download(url, path, sha256, member, pause):
+    """`download`'s attempts. Raises InputError after the last, or at once where another one will not help."""
+    part = Path(f"{path}.part")
+    for wait in (0, pause, 2 * pause, 4 * pause):
+        time.sleep(wait)
         try:
-            fetch(url, part)
+            start = fetch(url, part)
         except requests.HTTPError as error:
             status = error.response.status_code
             problem = f"the server answered {status} {error.response.reason}"
-            if status < 500 and status not in (408, 429):  # asking again will not help
+            if status < 500 and status not in (408, 429):
                 break
             continue
-        except OSError as error:  # all that requests raises is one
-            if error.errno and not isinstance(error, requests.RequestException):
+        except OSError as error:  # all that requests raises is one, without a number
+            if error.errno:
                 raise  # the disk's, not the network's
             problem = f"the connection failed ({type(error).__name__}: {plain(error)})"
             continue
         problem = check_download(part, sha256, member)
         if not problem:
             os.replace(part, path)
-            break
+            return
         part.unlink()
-        if not resumed:  # a whole fresh copy is wrong: another one will be too
+        if start == 0:  # a whole fresh copy is wrong: another one will be too
             break
-    return problem
+    raise InputError(f"cannot download {url}: {problem}; try again later, or place the file at {path} yourself")
 
 
 def fetch(url, part):
-    """Append what is missing of `url` to the file `part`, or start it afresh where the server cannot resume."""
-    have = part.stat().st_size if part.is_file() else 0
+    """Append what is missing of `url` to the file `part`, or start it afresh where the server cannot resume.
+
+    Returns the byte that it went on from.
+    """
+    start = part.stat().st_size if part.is_file() else 0
     headers = {"Accept-Encoding": "identity"}  # a compressed transfer would change length and offsets
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    if start:
+        headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
-        resuming, place = response.status_code == 206, response.headers.get("Content-Range", "")
-        if response.status_code == 416 and place == f"bytes */{have}":  # nothing is missing
-            return
-        if response.status_code == 416 or (resuming and not place.startswith(f"bytes {have}-")):
-            part.unlink()
-            raise requests.ConnectionError("the file changed on the server")
+        if start and response.status_code == 416:  # nothing is missing, or it changed there: the check will tell
+            return start
         response.raise_for_status()
-        have = have if resuming else 0
-        total = have + int(response.headers.get("Content-Length", 0))
-        with open(part, "ab" if resuming else "wb") as file:
+        if response.status_code != 206:
+            start = 0
+        have, total = start, start + int(response.headers.get("Content-Length", 0))
+        with open(part, "ab" if start else "wb") as file:
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 have += len(chunk)
                 show_progress(url, have, total)
         if total > have:
             raise requests.ConnectionError(f"{have} of {total} bytes came")
+    return start
 
 
 def show_progress(url, have, total):
@@ -359,64 +338,58 @@ def show_progress(url, have, total):
 
 def check_download(part, sha256, member):
     """What is wrong with a finished download, as words; empty if nothing is."""
-    if sha256:
-        with open(part, "rb") as file:
+    with open(part, "rb") as file:
+        if sha256:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            return f"its sha256 is {found}, expected {sha256}"
-    else:
-        with open(part, "rb") as file:
-            if file.read(100).lstrip().startswith(b"<"):
-                return "a web page came in its place"
-    if member:
-        try:
-            with zipfile.ZipFile(part) as zipped:
-                if not any(name == member or name.endswith("/" + member) for name in zipped.namelist()):
-                    return f"the zip has no {member}"
-                damaged = None if sha256 else zipped.testzip()  # Google publishes no sums, but each member has one
-        except Exception as error:  # zipfile raises many kinds
-            return f"it is not a sound zip file ({error})"
-        if damaged:
-            return f"{damaged} in the zip is damaged"
+            return "" if found == sha256 else f"its sha256 is {found}, expected {sha256}"
+        if file.read(100).lstrip().startswith(b"<"):
+            return "a web page came in its place"
+    if not member:
+        return ""
+    try:
+        with zipfile.ZipFile(part) as zipped:
+            names, damaged = zipped.namelist(), zipped.testzip()  # Google publishes no sums, but each member has one
+    except Exception as error:  # zipfile raises many kinds
+        return f"it is not a sound zip file ({error})"
+    if damaged:
+        return f"{damaged} in the zip is damaged"
+    if not any(name == member or name.endswith("/" + member) for name in names):
+        return f"the zip has no {member}"
     return ""
 
 
 # ---- Parsing --------------------------------------------------------------------------------------------------------
 
 
-def parse_tsv(content, name, columns, header=()):
-    """Rows of a tab-separated file: a list of (line number, [the fields of `columns`]).
+def parse_tsv(content, source, columns, header=()):
+    """Rows of a tab-separated file: a list of (place, [the fields of `columns`]), where a place is "source, line 2".
 
     header: the names of its columns; by default its first line says them.
     Quotes are ordinary characters in GLUE: a csv reader with its default quoting swallows hundreds of rows of MRPC.
     Only "\\n" ends a line: str.splitlines would also cut at characters that occur inside sentences.
     """
-    try:
+    again = "delete the file to download it again"
+    if not content:
+        raise InputError(f"{source}: the file is empty; {again}")
+    with reading(source, f"it is not UTF-8; {again}"):
         lines = content.decode("utf-8-sig").split("\n")  # MRPC starts with a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: byte {error.start} is not UTF-8; delete the file to download it again") from None
-    lines = [line.removesuffix("\r") for line in lines]
-    if lines == [""]:
-        raise InputError(f"{name}: the file is empty; delete it to download it again")
-    skipped = 0 if header else 1
-    header = header or lines[0].split("\t")
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise InputError(
-            f"{name}: no column {missing[0]!r}, found {plain(list(header))}; delete the file to download it again"
-        )
-    places = [header.index(column) for column in columns]
+    numbered = enumerate((line.removesuffix("\r") for line in lines), start=1)
+    header = header or next(numbered)[1].split("\t")
+    for column in columns:
+        if column not in header:
+            raise InputError(f"{source}: no column {column!r} in its first line, {plain(lines[0])!r}; {again}")
+    taken = [header.index(column) for column in columns]
     rows, bad = [], []
-    for number, line in enumerate(lines[skipped:], start=skipped + 1):
-        fields = line.split("\t")
+    for number, line in numbered:
+        place, fields = f"{source}, line {number}", line.split("\t")
         if len(fields) == len(header):
-            rows.append((number, [fields[place] for place in places]))
+            rows.append((place, [fields[i] for i in taken]))
         elif line:
-            bad.append(f"{name}, line {number}: {len(fields)} columns, the header has {len(header)}")
+            bad.append(f"{place}: {len(fields)} columns, the header has {len(header)}")
     if 1000 * len(bad) > len(rows):  # one such row is known in QQP's 363,849
-        raise InputError(f"{bad[0]}; delete the file to download it again")
+        raise InputError(f"{bad[0]}; {again}")
     if not rows:
-        raise InputError(f"{name}: no examples in it; delete the file to download it again")
+        raise InputError(f"{source}: no examples in it; {again}")
     for row in bad:
         print(f"left out   {row}")
     return rows
@@ -467,19 +440,18 @@ class Dataset:
         return (input_ids, segment_ids, mask), self.labels[indices]
 
 
-def training_batches(lengths, batch_size, seed, pool=16):
+def training_batches(lengths, batch_size, seed):
     """Index arrays of one epoch: shuffled, each batch of similar lengths.
 
-    The shuffled examples are sorted by length inside pools of `pool` batches, and the batches shuffled again: little
+    The shuffled examples are sorted by length inside pools of 16 batches, and the batches shuffled again: little
     padding, yet no two epochs alike. seed: an int or a sequence of ints, e.g. (seed, epoch).
     """
     generator = np.random.default_rng(seed)
-    order = generator.permutation(len(lengths))
+    order, size = generator.permutation(len(lengths)), 16 * batch_size
     batches = []
-    for start in range(0, len(order), pool * batch_size):
-        group = order[start : start + pool * batch_size]
-        group = group[np.argsort(lengths[group], kind="stable")]
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    for start in range(0, len(order), size):
+        pool = order[start : start + size]
+        batches += [pool[rows] for rows in evaluation_batches(lengths[pool], batch_size)]
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
@@ -506,9 +478,8 @@ def f1(predicted, labels):
 
 def matthews(predicted, labels):
     """Matthews' correlation of two classes, in percent, from -100 to 100; 0 where either never varies."""
-    if len(predicted.unique()) < 2 or len(labels.unique()) < 2:
-        return 0.0
-    return 100 * torch.corrcoef(torch.stack([predicted, labels]).double())[0, 1].item()  # of two 0-1 numbers it is Pearson's
+    pearson = torch.corrcoef(torch.stack([predicted, labels]).double())[0, 1]  # of two 0-1 numbers it is Matthews'
+    return 100 * pearson.nan_to_num().item()  # 0 / 0 where either never varies
 
 
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews}

@@ -222,7 +222,7 @@ RTE_TSV = 'index\tsentence1\tsentence2\tlabel\n0\tA "cat.\tB.\tentailment\n1\tC\
 
 def test_rte_comes_out_of_its_zip(server, tmp_path, monkeypatch):
     server.files["/RTE.zip"] = zip_bytes(RTE__train_tsv=RTE_TSV).replace(b"train_tsv", b"train.tsv")
-    monkeypatch.setitem(data.DOWNLOADS, "RTE.zip", (server.url("/RTE.zip"), None))
+    monkeypatch.setitem(data.DOWNLOADS, "RTE.zip", (server.url("/"), None))
     with pytest.raises(InputError, match="RTE.zip: cannot be read .*dev.tsv"):  # a zip that has train but not dev
         data.load_task("rte", tmp_path)
     whole = zip_bytes(RTE__train_tsv=RTE_TSV, RTE__dev_tsv=RTE_TSV)
@@ -295,6 +295,15 @@ def test_every_task_in_its_own_format(tmp_path, name):
         assert split is test or [task.labels[i] for i in split.labels] == [label for _, label in rows]
     assert dev.groups == (["matched"] * 40 + ["mismatched"] * 40 if name == "MNLI" else [])
     assert list(dict.fromkeys(test.groups)) == (["MNLI-m", "MNLI-mm", "AX"] if name == "MNLI" else [name])
+
+
+def test_the_diagnostic_set_is_downloaded_alone(server, tmp_path, monkeypatch):
+    """MNLI's archive does not hold it."""
+    write_glue(tmp_path, "MNLI")
+    server.files["/AX.tsv"] = (tmp_path / "AX.tsv").read_bytes()
+    (tmp_path / "AX.tsv").unlink()
+    monkeypatch.setitem(data.DOWNLOADS, "AX.tsv", (server.url("/"), None))
+    assert data.load_test("mnli", tmp_path).groups.count("AX") == 40 and (tmp_path / "AX.tsv").is_file()
 
 
 @needs_assets
@@ -371,7 +380,7 @@ def test_mrpc_files_are_downloaded_one_by_one(server, tmp_path, monkeypatch):
     write_mrpc(tmp_path, ["1\t10\t11\tA\tB\r\n", "0\t12\t13\tC\tD\r\n"], "12\t13\n")
     for name in ("MRPC/msr_paraphrase_train.txt", "MRPC/mrpc_dev_ids.tsv"):
         server.files["/" + name] = (tmp_path / name).read_bytes()
-        monkeypatch.setitem(data.DOWNLOADS, name, (server.url("/" + name), None))
+        monkeypatch.setitem(data.DOWNLOADS, name, (server.url("/MRPC/"), None))
     train, dev = data.load_task("mrpc", tmp_path / "cache")
     assert (train.texts, dev.texts) == ([("A", "B")], [("C", "D")])
     assert sorted(os.listdir(tmp_path / "cache" / "MRPC")) == ["mrpc_dev_ids.tsv", "msr_paraphrase_train.txt"]
