@@ -5,9 +5,9 @@ the classes, and "I want to go on with probability h_n". The answers are folded 
 with the weight that is left to it (2). Training lets all N blocks speak and asks for a right a_N at a low price (3).
 Inference stops after the first block at which no later block can change the winner (4).
 
-This file imports torch alone and never BERT. Any backbone will do that has a `hidden_size`, an embedding step `embed`, which
-takes all inputs but the last, and a list `blocks` of modules called as `block(hidden, mask)`. The last input is the mask
-(B, T), True on real tokens, padded on the right. The first token is [CLS].
+This file imports torch alone and never BERT. Any backbone will do that has a `hidden_size`, an embedding step `embed`,
+which takes all inputs but the last, and a list `blocks` of modules called as `block(hidden, mask)`. The last input is
+the mask (B, T), True on real tokens, padded on the right. The first token is [CLS].
 Where the paper is silent and we picked stands `CHOICE:`, where we depart from it `DIFFERS:`.
 
 The symbols are the paper's; n is the block just run, from 1, and N the number of blocks.
@@ -56,7 +56,7 @@ def accumulate_all(y, h):
 
 
 def answer_loss(a, label):
-    """L(x, y): the negative log of the probability that distributions a (B, C) give to the labels (B,), a mean in nats."""
+    """L(x, y): the negative log of the probability that answers a (B, C) give to the labels (B,), a mean in nats."""
     # a is a distribution already. Cross-entropy on it would take a second softmax, and the loss could never reach 0.
     of_label = a.gather(1, label[:, None])  # Pr(label) in a                                              (B, 1)
     return -of_label.clamp(min=1e-8).log().mean()  # away from 0: log(0) would end the training in NaN
@@ -101,7 +101,7 @@ def exact_rule(a, p, d):
     Let D_n >= 0 be the winner's lead over another class in a_n. By (1), one more block with answers y gives
         D_{n+1} = D_n (1 - p_n) + p_n (y[winner] - y[other]) >= D_n (1 - p_n) - p_n,
     that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later 1 + D_N >= (1 + D_n) (1 - p_n)^d.
-    Safe: if that is at least 1, no class overtakes the winner. (Only y[other] = 1 makes a tie; a softmax stays below 1.)
+    Safe: if that is at least 1, no class overtakes the winner. (Only y[other] = 1 makes a tie; a softmax is below 1.)
     Exact: with h = 1 and y = all on the runner-up in every later block each step is an equality, so if it is below 1
     there is a future in which the winner falls.
 
@@ -229,8 +229,8 @@ class Halted(NamedTuple):
 def early_exit(backbone, inputs, step):
     """Run a batch block by block; each sequence leaves it where `step` says so (section 3.2). Returns `Halted`.
 
-    step: what is known after block n, (n, [CLS] (B, D), state) -> (answer (B, C), halt (B,) bool, state). state: a tuple
-    of tensors (B, ...), empty at n = 1; survivors take their rows of it along.
+    step: what is known after block n, (n, [CLS] (B, D), state) -> (answer (B, C), halt (B,) bool, state).
+    state: a tuple of tensors (B, ...), empty at n = 1; survivors take their rows of it along.
     """
     hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
     lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation

@@ -117,7 +117,7 @@ def test_tsv():
 
     def read(broken):
         examples = data.Examples()
-        data.add_rows(examples, data.parse_tsv(broken, "file", columns), data.TASKS["rte"], "file")
+        data.add_rows(examples, data.parse_tsv(broken, "file", columns), data.TASKS["rte"])
         return examples
 
     def is_correct(result, broken):
