@@ -23,7 +23,6 @@ import zipfile
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +49,6 @@ class BertConfig:
     intermediate_size: int
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12  # Google's code fixes it; Hugging Face's config.json states it
@@ -68,23 +66,17 @@ class BertConfig:
 
         Raises InputError, naming `source`, for a config that makes no BERT.
         """
-        kind = values.get("model_type", "bert") if isinstance(values, dict) else type(values).__name__
+        kind, fitting = values.get("model_type", "bert"), "give the config that came with the weights"
         if kind not in ("bert", "roberta"):
             raise InputError(f"{source}: model type {plain(kind)!r} cannot be read; give a BERT or a RoBERTa")
         if kind == "roberta":
             values = {"pad_token_id": 1} | values
-        fitting = "give the config that came with the weights"
         for f in fields(cls):
             value = values.get(f.name, f.default)
             if value is MISSING:
                 raise InputError(f"{source}: {f.name} is missing; {fitting}")
-            right = isinstance(value, (int, float) if f.type is float else f.type) and not isinstance(value, bool)
-            if right and f.type is int:
-                lowest, highest = f.name not in ("pad_token_id", "first_position"), 1000 if "num_" in f.name else 2**24
-                right = lowest <= value < highest
-            if right and f.type is float:
-                right = 0 <= value < 1
-            if not right:
+            low, high = (0, 1) if f.type is float else (1, 1000) if f.name.startswith("num_") else (0, 2**24)
+            if type(value) not in (int, f.type) or not low <= value < high:
                 raise InputError(f"{source}: {f.name} is {plain(value)!r}; {fitting}")
         config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         if kind == "roberta":
@@ -266,20 +258,20 @@ def wordpiece_tokenizer(vocab, source="vocab.txt", settings=None, longest_word=1
     return tokenizer
 
 
-def byte_level_tokenizer(ids, merges, source="vocab.json", settings=None):
+def byte_level_tokenizer(ids, merges, source, settings):
     """RoBERTa's tokenizer, byte-level BPE: ids {token: id}, merges [(left, right)]. A pair is <s> A </s></s> B </s>.
 
     There is no unknown word, for every byte is a token, and no segments: RoBERTa numbers both sentences 0.
     """
-    special, space = ("<s>", "<pad>", "</s>", "<unk>"), (settings or {}).get("add_prefix_space", False)
+    special, space = ("<s>", "<pad>", "</s>", "<unk>"), settings.get("add_prefix_space", False)
     need_tokens(ids, special, source)
-    if len({*ids.values()}) < len(ids) or not {*ByteLevel.alphabet()} <= ids.keys():
-        raise InputError(f"{source} lacks a byte or has a number twice; copy or download it again")
     with reading(source, "it does not fit merges.txt; copy or download both again"):
         tokenizer = Tokenizer(BPE(ids, merges))
-    unmade = ids.keys() - {*ByteLevel.alphabet()} - {left + right for left, right in merges}
-    if len(unmade) > 16 + len(ids) // 100:  # RoBERTa's own: 9 of 50,265
-        raise InputError(f"{source}: {len(unmade)} of its tokens come from no line of merges.txt; copy or download both again")
+        if len({*ids.values()}) < len(ids) or not {*ByteLevel.alphabet()} <= ids.keys():
+            raise ValueError("it lacks a byte or has a number twice")
+        unmade = ids.keys() - {*ByteLevel.alphabet()} - {left + right for left, right in merges}
+        if len(unmade) > 16 + len(ids) // 100:  # RoBERTa's own: 9 of 50,265
+            raise ValueError(f"{len(unmade)} of its tokens come from no line of merges.txt")
     tokenizer.add_special_tokens(list(special))
     if "<mask>" in ids:
         tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # it stands for a word and its space
@@ -289,11 +281,9 @@ def byte_level_tokenizer(ids, merges, source="vocab.json", settings=None):
 
 
 def need_tokens(ids, tokens, source):
-    for token in tokens:
-        if token not in ids:
-            raise InputError(
-                f"{source}: no {token} among its {len(ids)} tokens; give the file that came with the weights"
-            )
+    if missing := [token for token in tokens if token not in ids]:
+        what = f"no {missing[0]} among its {len(ids)} tokens"
+        raise InputError(f"{source}: {what}; give the file that came with the weights")
 
 
 # ---- Loading: which model, from where -------------------------------------------------------------------------------
@@ -379,14 +369,13 @@ def read_config(path, files, tensors):
         what = "neither bert_config.json (Google) nor config.json (Hugging Face) in it"
         raise InputError(f"{path}: {what}; give the folder that holds the checkpoint")
     values = read_json(path, file)
-    if isinstance(values, dict) and any("roberta." in name for name in tensors):
+    if any("roberta." in name for name in tensors):
         values = {"model_type": "roberta"} | values
         if values["model_type"] != "roberta":
             raise InputError(f"{path}: {file} says {plain(values['model_type'])!r}, but the weights are a RoBERTa's")
-    config = BertConfig.from_dict(values, f"{path}: {file}")
-    if file == "config.json" and "model_type" not in values and "vocab.json" in files and not config.first_position:
-        raise InputError(f'{path}: config.json does not say what it is; add "model_type", roberta or bert')
-    return config
+    if "model_type" not in values and "vocab.json" in files:
+        raise InputError(f'{path}: {file} does not say what it is; add "model_type", roberta or bert')
+    return BertConfig.from_dict(values, f"{path}: {file}")
 
 
 def check_tokenizer(tokenizer, config, source):
@@ -531,36 +520,52 @@ def list_files(path):
 
 def read_file(path, name):
     """File `name` of a folder (memory-mapped, copy on write) or of a zip (read into memory): bytes (n,) uint8."""
-    if path.is_dir():
-        if not (path / name).is_file():
-            raise InputError(f"{path}: {plain(name)} is missing; give the whole checkpoint")
-        if not (path / name).stat().st_size:
-            raise InputError(f"{path}: {name} is empty; copy or download it again")
-        return np.memmap(path / name, np.uint8, mode="c")
-    with reading(f"{path}: {plain(name)}", "download the zip again"), zipfile.ZipFile(path) as zipped:
-        matches = [info for info in zipped.infolist() if Path(info.filename).name == name]
-        if len(matches) > 1:
-            raise ValueError("it is there several times")
-        if matches and matches[0].file_size > 10 * matches[0].compress_size + 2**26:  # no weights and no text shrink so far
-            raise ValueError(f"it would have {matches[0].file_size} bytes")
-        content = bytearray(zipped.read(matches[0])) if matches else None
-    if not content:
-        raise InputError(f"{path}: {plain(name)} is missing from the zip or empty; give the whole checkpoint")
-    return np.frombuffer(content, np.uint8)
+    if name not in list_files(path):
+        raise InputError(f"{path}: {plain(name)} is missing; give the whole checkpoint")
+    with reading(f"{path}: {name}"):
+        if path.is_dir():
+            return np.memmap(path / name, np.uint8, mode="c")  # refuses an empty file
+        with zipfile.ZipFile(path) as zipped:
+            info, *more = [info for info in zipped.infolist() if Path(info.filename).name == name]
+            if more:
+                raise ValueError("it is there several times")
+            if info.file_size > 10 * info.compress_size + 2**26:  # no weights and no text shrink so far
+                raise ValueError(f"it would have {info.file_size} bytes")
+            return np.frombuffer(bytearray(zipped.read(info)), np.uint8)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: the shard (where it has several files), and its place there in bytes."""
+
+    name: str
+    dtype: str | int  # a key of TYPES, or what is not read
+    shape: tuple
+    shard: int
+    offset: int
+    size: int
+
+    def __post_init__(self):
+        numbers = (*self.shape, self.shard, self.offset, self.size)
+        sound = all(type(number) is int and 0 <= number < 2**40 for number in numbers) and len(self.shape) <= 8
+        if type(self.dtype) not in (str, int) or not sound:
+            raise ValueError(f"a bad entry for {self.name}")
 
 
 # What the data types are called by safetensors, and by TensorFlow
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, 1: torch.float32}
 
 
-def tensor_at(content, source, name, dtype, shape, start, end, transposed=False):
-    """Bytes start to end of what `read_file` gave as a float32 tensor: the one copy on their way into the model."""
-    if dtype not in TYPES:
-        raise InputError(f"{source}: {plain(name)} is of type {plain(dtype)}; expected one of {', '.join(map(str, TYPES))}")
-    if end - start != math.prod(shape) * TYPES[dtype].itemsize:
-        raise InputError(f"{source}: {plain(name)} has shape {plain(shape)} in {end - start} bytes; download it again")
-    tensor = torch.from_numpy(content[start:end]).view(TYPES[dtype]).view(shape)
-    tensor = tensor.T if transposed else tensor
+def tensor_at(content, source, entry):
+    """The tensor of an entry in what `read_file` gave, as float32: the one copy on its way into the model."""
+    name, dtype, shape = plain(entry.name), TYPES.get(entry.dtype), entry.shape
+    if not dtype:
+        raise InputError(f"{source}: {name} is of type {plain(entry.dtype)}; expected one of {', '.join(map(str, TYPES))}")
+    if entry.size != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"{source}: {name} has shape {plain(shape)} in {entry.size} bytes; download it again")
+    tensor = torch.from_numpy(content[entry.offset : entry.offset + entry.size]).view(dtype).view(shape)
+    if entry.name.endswith("kernel"):  # TensorFlow's (in, out)
+        tensor = tensor.T
     tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if isinstance(content, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
         content.base.madvise(mmap.MADV_DONTNEED)  # else the file's pages stay too, and the weights take twice the memory
@@ -568,9 +573,12 @@ def tensor_at(content, source, name, dtype, shape, start, end, transposed=False)
 
 
 def read_json(path, name):
-    content = read_file(path, name).tobytes()
+    """The dictionary that a JSON file holds."""
     with reading(f"{path}: {name}", "it is not JSON; copy or download it again"):
-        return json.loads(content)
+        values = json.loads(read_file(path, name).tobytes())
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: {name} holds a {type(values).__name__}, no dictionary; copy or download it again")
+    return values
 
 
 def read_text(path, name):
@@ -582,33 +590,26 @@ def read_tokenizer(path, files):
     """A model's tokenizer: tokenizer.json, else byte-level BPE (vocab.json, merges.txt), else WordPiece (vocab.txt)."""
     if "tokenizer.json" in files:
         with reading(f"{path}: tokenizer.json"):
-            return Tokenizer.from_str(read_file(path, "tokenizer.json").tobytes().decode())
+            return Tokenizer.from_str(read_text(path, "tokenizer.json"))
     settings, added = (
         read_json(path, name) if name in files else {} for name in ("tokenizer_config.json", "added_tokens.json")
     )
-    with reading(f"{path}: tokenizer_config.json"):
-        kind = settings.get("tokenizer_class") or "BertTokenizer"
-    if re.sub("Fast$", "", str(kind)) not in ("BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizer"):
+    kind = str(settings.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
+    if kind not in ("BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizer"):
         raise InputError(f"{path}: tokenizer_config.json: no {plain(kind)} can be read; add its tokenizer.json, which says all of it")
-    if {"vocab.json", "merges.txt"} <= files:
-        ids = read_json(path, "vocab.json")
-        if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < 2**31 for i in ids.values()):
-            raise InputError(f"{path}: vocab.json does not number tokens; copy or download it again")
-        lines = read_text(path, "merges.txt").splitlines()
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        if not all(len(pair) == 2 for pair in merges):
-            raise InputError(f"{path}: merges.txt has a line that is no pair; copy or download it again")
-        with reading(f"{path}: tokenizer_config.json"):
-            tokenizer = byte_level_tokenizer(ids, merges, f"{path}: vocab.json", settings)
-    elif "vocab.txt" in files:
-        vocab = [token.rstrip(" \r") for token in read_text(path, "vocab.txt").rstrip("\n\r ").split("\n")]
-        longest = 200 if "bert_config.json" in files else 100  # letters of a word: in Google's code, and in the hub's
-        with reading(f"{path}: tokenizer_config.json"):
+    with reading(f"{path}: tokenizer_config.json"):
+        if {"vocab.json", "merges.txt"} <= files:
+            lines = read_text(path, "merges.txt").splitlines()
+            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            tokenizer = byte_level_tokenizer(read_json(path, "vocab.json"), merges, f"{path}: vocab.json", settings)
+        elif "vocab.txt" in files:
+            vocab = [token.rstrip(" \r") for token in read_text(path, "vocab.txt").rstrip("\n\r ").split("\n")]
+            longest = 200 if "bert_config.json" in files else 100  # letters of a word: in Google's code, and in the hub's
             tokenizer = wordpiece_tokenizer(vocab, f"{path}: vocab.txt", settings, longest)
-        print(f"tokenizer  {'lower-cases' if tokenizer.normalizer.lowercase else 'keeps capitals'}")
-    else:
-        what = "neither tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt in it"
-        raise InputError(f"{path}: {what}; add the files that came with the weights")
+            print(f"tokenizer  {'lower-cases' if tokenizer.normalizer.lowercase else 'keeps capitals'}")
+        else:
+            what = "neither tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt in it"
+            raise InputError(f"{path}: {what}; add the files that came with the weights")
     with reading(f"{path}: added_tokens.json"):
         for token, i in sorted(added.items(), key=lambda item: item[1]):
             tokenizer.add_tokens([token])
@@ -627,16 +628,6 @@ DATA_SUMS = {
 }
 
 
-class Entry(NamedTuple):
-    """Where one tensor lies: its data type (TensorFlow's number), shape, shard, and place in the shard in bytes."""
-
-    dtype: int
-    shape: tuple
-    shard: int
-    offset: int
-    size: int
-
-
 def open_google(path, index):
     """{name: function that reads the tensor} of a TensorFlow checkpoint in a folder or zip; index: its *.index file."""
     content = read_file(path, index).tobytes()
@@ -646,8 +637,8 @@ def open_google(path, index):
     @cache
     def shard(number):
         """(the bytes of a data file, what a message calls it)"""
-        source = f"{path}: {index.removesuffix('.index')}.data-{number:05d}-of-{num_shards:05d}"
-        content = read_file(path, source.rpartition(": ")[2])
+        name = f"{index.removesuffix('.index')}.data-{number:05d}-of-{num_shards:05d}"
+        content, source = read_file(path, name), f"{path}: {name}"
         size = max(entry.offset + entry.size for entry in entries.values() if entry.shard == number)
         if len(content) != size:
             raise InputError(f"{source} has {len(content)} bytes, its index says {size}; copy or download it again")
@@ -655,11 +646,10 @@ def open_google(path, index):
             raise InputError(f"{source} is damaged, its sha256 is not {wanted}; download it again")
         return content, source
 
-    def read(name, entry):
-        place = entry.dtype, entry.shape, entry.offset, entry.offset + entry.size
-        return tensor_at(*shard(entry.shard), name, *place, transposed=name.endswith("kernel"))  # (in, out) in TensorFlow
+    def read(entry):
+        return tensor_at(*shard(entry.shard), entry)
 
-    return {name: partial(read, name, entry) for name, entry in entries.items()}
+    return {name: partial(read, entry) for name, entry in entries.items()}
 
 
 def read_index(content, source):
@@ -671,37 +661,25 @@ def read_index(content, source):
     with reading(source, "it is no whole TensorFlow checkpoint index; copy or download it again"):
         if content[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
             raise ValueError("it does not end with a table's magic number")
-        position = len(content) - 48
-        _, position = read_varint(content, position)  # the place of the meta index block: unused
-        _, position = read_varint(content, position)
-        offset, position = read_varint(content, position)
-        size, _ = read_varint(content, position)
-        pairs = []
-        for _, handle in read_block(content, offset, size):
-            offset, position = read_varint(handle, 0)
-            pairs += read_block(content, offset, read_varint(handle, position)[0])
-        entries, num_shards = {}, 0
-        for key, value in pairs:
-            message = read_protobuf(value)
-            if key == b"":
-                num_shards = message.get(1, [0])[0]
-                if message.get(2, [0])[0]:
-                    raise ValueError("its data is big-endian")
-                continue
+        footer, table, entries = io.BytesIO(content[-48:]), {}, {}
+        read_varint(footer), read_varint(footer)  # the place of the meta index block: unused
+        for _, place in read_block(content, footer):
+            for key, value in read_block(content, io.BytesIO(place)):
+                table[key.decode()] = read_protobuf(value)
+        header = table.pop("", {})
+        num_shards = number(header, 1)
+        if not 0 < num_shards < 10**5 or number(header, 2):
+            raise ValueError("it has no header, or its data is big-endian")
+        for name, message in table.items():
             dims = read_protobuf(message.get(2, [b""])[0]).get(2, [])
-            shape = tuple(read_protobuf(dim).get(1, [0])[0] for dim in dims)
-            entry = Entry(*(message.get(1, [0])), shape, *(message.get(i, [0])[0] for i in (3, 4, 5)))
-            numbers = (entry.dtype, entry.shard, entry.offset, entry.size, *shape)
-            if not all(type(number) is int and number < 2**40 for number in numbers) or len(shape) > 8:
-                raise ValueError(f"a bad entry for {plain(key)}")
-            entries[key.decode()] = entry
-        if type(num_shards) is not int or not 0 < num_shards < 10**5:
-            raise ValueError("it has no header")
+            shape = tuple(number(read_protobuf(dim), 1) for dim in dims)
+            entries[name] = Entry(name, number(message, 1), shape, *(number(message, field) for field in (3, 4, 5)))
     return entries, num_shards
 
 
-def read_block(content, offset, size):
-    """The (key, value) pairs of one block of a LevelDB table; keys share prefixes with the key before."""
+def read_block(content, place):
+    """The (key, value) pairs of the block of a LevelDB table at a place, a stream of two varints: offset and size."""
+    offset, size = read_varint(place), read_varint(place)
     block, kind = content[offset : offset + size], content[offset + size : offset + size + 1]
     if len(block) != size or kind != b"\0":
         raise ValueError("a block is cut off or compressed")
@@ -709,45 +687,45 @@ def read_block(content, offset, size):
     if stored != masked_crc32c(block + kind):
         raise ValueError("a block's checksum is wrong")
     (restarts,) = struct.unpack("<I", block[-4:])
-    end, position, key, pairs = size - 4 - 4 * restarts, 0, b"", []
-    while position < end:
-        shared, position = read_varint(block, position)
-        unshared, position = read_varint(block, position)
-        length, position = read_varint(block, position)
-        key = key[:shared] + block[position : position + unshared]
-        position += unshared
-        pairs.append((key, block[position : position + length]))
-        position += length
+    stream, key, pairs = io.BytesIO(block[: size - 4 - 4 * restarts]), b"", []
+    while stream.tell() < size - 4 - 4 * restarts:
+        shared, unshared, length = (read_varint(stream) for _ in range(3))
+        key = key[:shared] + stream.read(unshared)  # keys share prefixes with the key before
+        pairs.append((key, stream.read(length)))
     return pairs
 
 
-def read_varint(buffer, position):
-    """A little-endian base-128 number: (value, position after it)."""
-    value = shift = 0
-    while True:
-        byte = buffer[position]
+def read_varint(stream):
+    """A little-endian base-128 number."""
+    value = 0
+    for shift in range(0, 70, 7):
+        (byte,) = stream.read(1)
         value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
         if byte < 128:
-            return value, position
-        if shift > 63:
-            raise ValueError("a number is too long")
+            return value
+    raise ValueError("a number is too long")
 
 
-def read_protobuf(buffer):
+def read_protobuf(content):
     """The fields of a protobuf message: {field number: [values]}; numbers as int, the rest as bytes."""
-    position, message = 0, {}
-    while position < len(buffer):
-        tag, position = read_varint(buffer, position)
-        if tag & 7 == 0:
-            value, position = read_varint(buffer, position)
-        elif tag & 7 in (1, 2, 5):
-            size, position = read_varint(buffer, position) if tag & 7 == 2 else (8 if tag & 7 == 1 else 4, position)
-            value, position = buffer[position : position + size], position + size
+    stream, message = io.BytesIO(content), {}
+    while stream.tell() < len(content):
+        field, kind = divmod(read_varint(stream), 8)
+        if kind == 0:
+            value = read_varint(stream)
+        elif kind == 2:
+            value = stream.read(read_varint(stream))
+        elif kind == 5:
+            value = stream.read(4)
         else:
-            raise ValueError(f"field type {tag & 7} is unknown")
-        message.setdefault(tag >> 3, []).append(value)
+            raise ValueError(f"field type {kind} is unknown")
+        message.setdefault(field, []).append(value)
     return message
+
+
+def number(message, field):
+    """A field of a protobuf message, which leaves out what is 0."""
+    return message.get(field, [0])[0]
 
 
 def masked_crc32c(content):
@@ -772,25 +750,22 @@ def open_safetensors(path, file):
     content, source = read_file(path, file), f"{path}: {file}"
     with reading(source, "it is no whole safetensors file; copy or download it again"):
         (length,) = struct.unpack("<Q", content[:8].tobytes())
-        first = 8 + length
+        first, entries = 8 + length, []
         if first > len(content):
             raise ValueError(f"its header claims {length} bytes of {len(content)}")
         header = json.loads(content[8:first].tobytes())
         header.pop("__metadata__", None)
-        places, end = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}, 0
-        for name, (dtype, shape, *offsets) in sorted(places.items(), key=lambda item: item[1][2:]):
-            whole = all(type(number) is int and 0 <= number < 2**40 for number in (*shape, *offsets)) and len(shape) <= 8
-            if not isinstance(dtype, str) or len(offsets) != 2 or not whole:
-                raise ValueError(f"a bad entry for {name}")
-            if offsets[0] != end or offsets[1] < end:
-                raise ValueError(f"a hole or an overlap before {name}")
-            end = offsets[1]
-        if first + end != len(content):
-            raise ValueError(f"it ends after {len(content) - first} bytes of tensors, its header says {end}")
-    return {
-        name: partial(tensor_at, content, source, name, dtype, shape, first + start, first + end)
-        for name, (dtype, shape, start, end) in places.items()
-    }
+        for name, about in header.items():
+            start, end = about["data_offsets"]
+            entries.append(Entry(name, about["dtype"], tuple(about["shape"]), 0, first + start, end - start))
+        end = first
+        for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size)):
+            if entry.offset != end:
+                raise ValueError(f"a hole or an overlap before {entry.name}")
+            end += entry.size
+        if end != len(content):
+            raise ValueError(f"it ends after {len(content) - first} bytes of tensors, its header says {end - first}")
+    return {entry.name: partial(tensor_at, content, source, entry) for entry in entries}
 
 
 def open_bin(path, file):

@@ -636,7 +636,7 @@ def test_damaged_zip(tmp_path, weights):
     content = bytearray(zipped.read_bytes())
     start = content.index(DATA_FILE.encode()) + len(DATA_FILE)  # the compressed weights
     zipped.write_bytes(content[:start] + b"\xff" * 20 + content[start + 20 :])
-    refuse(zipped, DATA_FILE, "download the zip again")
+    refuse(zipped, DATA_FILE, "copy or download it again")
     central = content.index(b"PK\x01\x02")  # the zip's table of contents
     zipped.write_bytes(content[:central] + bytes(4) + content[central + 4 :])
     refuse(zipped, "not a sound zip")
@@ -694,9 +694,10 @@ def test_bad_bin(roberta, tmp_path):
 def test_bad_byte_level_vocabulary(roberta):
     ids = json.loads((roberta / "vocab.json").read_text())
     for vocab, word in (
-        ([1], "does not number tokens"),
-        ({"a": "b"}, "does not number tokens"),
-        ({"a": -1}, "does not number tokens"),
+        ([1], "vocab.json holds a list"),
+        (ids | {"a": "b"}, "vocab.json: cannot be read"),
+        (ids | {"a": -1}, "vocab.json: cannot be read"),
+        (ids | {"a": []}, "vocab.json: cannot be read"),
         ({"a": 0}, "no <s>"),
         (ids | {"more": len(ids)}, f"token {len(ids)}"),
         (ids | {"more": 7}, "has a number twice"),
