@@ -20,8 +20,8 @@ import string
 import struct
 import warnings
 import zipfile
-from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, partial
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +78,9 @@ class BertConfig:
             low, high = (0, 1) if f.type is float else (1, 1000) if f.name.startswith("num_") else (0, 2**24)
             if type(value) not in (int, f.type) or not low <= value < high:
                 raise InputError(f"{source}: {f.name} is {plain(value)!r}; {fitting}")
-        config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         if kind == "roberta":
-            config = replace(config, first_position=config.pad_token_id + 1)
+            values["first_position"] = values["pad_token_id"] + 1
+        config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         D, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
         if config.max_tokens < 8:
             raise InputError(f"{source}: max_position_embeddings {positions} leaves no positions for a text; {fitting}")
@@ -240,8 +240,8 @@ def init_weights(module):
 def wordpiece_tokenizer(vocab, source="vocab.txt", settings=None, longest_word=100):
     """BERT's tokenizer over the list `vocab`; adds [CLS] and [SEP] and numbers the segments.
 
-    settings: of a tokenizer_config.json. Where it does not say do_lower_case, the vocabulary does: one that lacks a letter
-    from A to Z was made from lowered text. longest_word: letters; longer words are unknown.
+    settings: of a tokenizer_config.json. Where it does not say do_lower_case, the vocabulary does: one that lacks a
+    letter from A to Z was made from lowered text. longest_word: letters; longer words are unknown.
     """
     ids, settings = {token: i for i, token in enumerate(vocab)}, settings or {}
     need_tokens(ids, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), source)
@@ -383,16 +383,18 @@ def check_tokenizer(tokenizer, config, source):
     with reading(source, "give the tokenizer of the weights"):
         tokenizer.no_padding(), tokenizer.no_truncation()
         frame, one, pair = tokenizer.encode(""), tokenizer.encode("a"), tokenizer.encode("a", "\u2603 zq")
-        highest = max([config.pad_token_id, *pair.ids, *tokenizer.get_vocab().values()])
-    if len(frame.ids) < 2 or one.ids[0] != frame.ids[0] or len(pair.ids) <= len(one.ids):  # the heads read the first token
-        raise InputError(f"{source}: the tokenizer puts no [CLS] and [SEP] around a text; give the one of the weights")
-    for found, what, limit in ((highest, "token", "vocab_size"), (max(pair.type_ids), "segment", "type_vocab_size")):
-        if found >= getattr(config, limit):
-            size = f"{limit} {getattr(config, limit)}"
-            raise InputError(f"{source}: {what} {found} of the tokenizer does not fit the config's {size}; give its own files")
-    pad = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None), config.pad_token_id)
-    if pad != config.pad_token_id:
-        raise InputError(f"{source}: the tokenizer pads with {pad}, the config's pad_token_id is {config.pad_token_id}")
+        # The heads read the first token, and take it for [CLS]
+        if len(frame.ids) < 2 or one.ids[0] != frame.ids[0] or len(pair.ids) <= len(one.ids):
+            raise ValueError("the tokenizer puts no [CLS] and [SEP] around a text")
+        token = max([config.pad_token_id, *pair.ids, *tokenizer.get_vocab().values()])
+        if token >= config.vocab_size:
+            raise ValueError(f"token {token} of the tokenizer does not fit the config's vocab_size {config.vocab_size}")
+        segment, segments = max(pair.type_ids), config.type_vocab_size
+        if segment >= segments:
+            raise ValueError(f"segment {segment} of the tokenizer does not fit the config's type_vocab_size {segments}")
+        pad = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None), config.pad_token_id)
+        if pad != config.pad_token_id:
+            raise ValueError(f"the tokenizer pads with {pad}, the config's pad_token_id is {config.pad_token_id}")
 
 
 class NoRandomStart(TorchFunctionMode):
@@ -410,9 +412,10 @@ def build(config, num_classes, tensors, source):
 
     What does not belong to BERT itself is left out, with a note.
     """
-    left_out = sorted((bool(NO_WEIGHT.search(name)), name) for name in tensors if not is_encoder(name))
+    left_out = [name for name in tensors if not is_encoder(name)]
+    left_out.sort(key=lambda name: bool(NO_WEIGHT.search(name)))  # what may surprise comes first
     if left_out:
-        print(f"note: {source}: left out, for they are not BERT itself: {name_some([name for _, name in left_out])}")
+        print(f"note: {source}: left out, for they are not BERT itself: {name_some(left_out)}")
     ours, theirs = our_names(config), {}
     for name in filter(is_encoder, tensors):
         if theirs.setdefault(standard_name(name), name) != name:
@@ -461,7 +464,9 @@ def our_names(config):
                "intermediate.dense": "up", "output.dense": "down", "output.LayerNorm": "norm"}  # fmt: skip
     for n in range(config.num_hidden_layers):
         layers |= {f"encoder.layer.{n}.{theirs}": f"bert.blocks.{n}.{ours}" for theirs, ours in inside.items()}
-    return names | {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in layers.items() for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in layers.items()}
+    return names
 
 
 def standard_name(name):
@@ -479,7 +484,8 @@ NO_WEIGHT = re.compile(r"[./](adam_[mv]|Adam(_\d+)?)$|embeddings\.position_ids$"
 
 def is_encoder(name):
     """Whether a tensor belongs to BERT itself. What does not, such as the head of a task, is left out."""
-    return bool(re.match(r"(module\.)?(bert|roberta|embeddings|encoder|pooler)[./]", name)) and not NO_WEIGHT.search(name)
+    inside = re.match(r"(module\.)?(bert|roberta|embeddings|encoder|pooler)[./]", name)
+    return bool(inside) and not NO_WEIGHT.search(name)
 
 
 def open_weights(path, files):
@@ -493,14 +499,14 @@ def open_weights(path, files):
     whole = next((name for name in kinds if {name, f"{name}.index.json"} & files), None)
     if not whole:
         raise InputError(f"{path}: no *.ckpt.index, {' or '.join(kinds)} in it; give the whole checkpoint")
-    parts, tensors = [whole], {}
+    parts, index, tensors = [whole], f"{whole}.index.json", {}
     if whole not in files:
-        index = read_json(path, f"{whole}.index.json")
-        with reading(f"{path}: {whole}.index.json"):
-            parts = sorted({str(part) for part in index["weight_map"].values()})
+        about = read_json(path, index)
+        with reading(f"{path}: {index}"):
+            parts = sorted({str(part) for part in about["weight_map"].values()})
     for part in parts:
         if part not in files:
-            raise InputError(f"{path}: {whole}.index.json names {plain(part)!r}, which is missing; give the whole checkpoint")
+            raise InputError(f"{path}: {index} names {plain(part)!r}, which is missing; give the whole checkpoint")
         found = kinds[whole](path, part)
         if twice := sorted(tensors.keys() & found.keys()):
             raise InputError(f"{path}: {name_some(twice)} in several files; give the checkpoint as it came")
@@ -515,7 +521,7 @@ def list_files(path):
     else:
         with reading(path, "not a sound zip file; download it again"), zipfile.ZipFile(path) as zipped:
             names = [Path(name).name for name in zipped.namelist() if not name.endswith("/")]
-    return {name for name in names if name.isprintable() and not name.startswith("._")}  # which a Mac puts beside each file
+    return {name for name in names if name.isprintable() and not name.startswith("._")}  # a Mac's, beside each file
 
 
 def read_file(path, name):
@@ -560,7 +566,7 @@ def tensor_at(content, source, entry):
     """The tensor of an entry in what `read_file` gave, as float32: the one copy on its way into the model."""
     name, dtype, shape = plain(entry.name), TYPES.get(entry.dtype), entry.shape
     if not dtype:
-        raise InputError(f"{source}: {name} is of type {plain(entry.dtype)}; expected one of {', '.join(map(str, TYPES))}")
+        raise InputError(f"{source}: {name} is of type {plain(entry.dtype)}; expected one of {[*TYPES]}")
     if entry.size != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{source}: {name} has shape {plain(shape)} in {entry.size} bytes; download it again")
     tensor = torch.from_numpy(content[entry.offset : entry.offset + entry.size]).view(dtype).view(shape)
@@ -568,7 +574,7 @@ def tensor_at(content, source, entry):
         tensor = tensor.T
     tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if isinstance(content, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-        content.base.madvise(mmap.MADV_DONTNEED)  # else the file's pages stay too, and the weights take twice the memory
+        content.base.madvise(mmap.MADV_DONTNEED)  # else the file's pages stay: twice the memory
     return tensor
 
 
@@ -596,7 +602,7 @@ def read_tokenizer(path, files):
     )
     kind = str(settings.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
     if kind not in ("BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizer"):
-        raise InputError(f"{path}: tokenizer_config.json: no {plain(kind)} can be read; add its tokenizer.json, which says all of it")
+        raise InputError(f"{path}: tokenizer_config.json: no {plain(kind)} can be read; add its tokenizer.json")
     with reading(f"{path}: tokenizer_config.json"):
         if {"vocab.json", "merges.txt"} <= files:
             lines = read_text(path, "merges.txt").splitlines()
@@ -604,7 +610,7 @@ def read_tokenizer(path, files):
             tokenizer = byte_level_tokenizer(read_json(path, "vocab.json"), merges, f"{path}: vocab.json", settings)
         elif "vocab.txt" in files:
             vocab = [token.rstrip(" \r") for token in read_text(path, "vocab.txt").rstrip("\n\r ").split("\n")]
-            longest = 200 if "bert_config.json" in files else 100  # letters of a word: in Google's code, and in the hub's
+            longest = 200 if "bert_config.json" in files else 100  # letters: in Google's code, and in the hub's
             tokenizer = wordpiece_tokenizer(vocab, f"{path}: vocab.txt", settings, longest)
             print(f"tokenizer  {'lower-cases' if tokenizer.normalizer.lowercase else 'keeps capitals'}")
         else:
@@ -634,22 +640,17 @@ def open_google(path, index):
     entries, num_shards = read_index(content, f"{path}: {index}")
     wanted = DATA_SUMS.get(hashlib.sha256(content).hexdigest())
 
-    @cache
-    def shard(number):
-        """(the bytes of a data file, what a message calls it)"""
-        name = f"{index.removesuffix('.index')}.data-{number:05d}-of-{num_shards:05d}"
-        content, source = read_file(path, name), f"{path}: {name}"
-        size = max(entry.offset + entry.size for entry in entries.values() if entry.shard == number)
-        if len(content) != size:
-            raise InputError(f"{source} has {len(content)} bytes, its index says {size}; copy or download it again")
-        if wanted and hashlib.sha256(content).hexdigest() != wanted:
+    shards = {}
+    for shard in {entry.shard for entry in entries.values()}:
+        name = f"{index.removesuffix('.index')}.data-{shard:05d}-of-{num_shards:05d}"
+        data, source = read_file(path, name), f"{path}: {name}"
+        size = max(entry.offset + entry.size for entry in entries.values() if entry.shard == shard)
+        if len(data) != size:
+            raise InputError(f"{source} has {len(data)} bytes, its index says {size}; copy or download it again")
+        if wanted and hashlib.sha256(data).hexdigest() != wanted:
             raise InputError(f"{source} is damaged, its sha256 is not {wanted}; download it again")
-        return content, source
-
-    def read(entry):
-        return tensor_at(*shard(entry.shard), entry)
-
-    return {name: partial(read, entry) for name, entry in entries.items()}
+        shards[shard] = data, source
+    return {name: partial(tensor_at, *shards[entry.shard], entry) for name, entry in entries.items()}
 
 
 def read_index(content, source):
@@ -742,7 +743,7 @@ for _ in range(8):
     CRC32C_TABLE = [(crc >> 1) ^ (0x82F63B78 * (crc & 1)) for crc in CRC32C_TABLE]
 
 
-# ---- Hugging Face folders: safetensors is a JSON header and raw bytes after it; the older .bin is a pickle ------------
+# ---- Hugging Face folders: safetensors is a JSON header and raw bytes after it; the older .bin is a pickle ----------
 
 
 def open_safetensors(path, file):
@@ -779,7 +780,8 @@ def open_bin(path, file):
     def read(name, tensor):
         strange = tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_neg()
         if strange or tensor.dtype not in TYPES.values():
-            raise InputError(f"{source}: {plain(name)} is {tensor.dtype}, {tensor.layout}; expected plain numbers of 16 or 32 bits")
+            what = f"{plain(name)} is {tensor.dtype}, {tensor.layout}"
+            raise InputError(f"{source}: {what}; expected plain numbers of 16 or 32 bits")
         return tensor
 
     return {name: partial(read, name, tensor) for name, tensor in tensors.items()}
