@@ -49,6 +49,7 @@ class BertConfig:
     intermediate_size: int
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
+    hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12  # Google's code fixes it; Hugging Face's config.json states it
@@ -76,7 +77,7 @@ class BertConfig:
             if value is MISSING:
                 raise InputError(f"{source}: {f.name} is missing; {fitting}")
             low, high = (0, 1) if f.type is float else (1, 1000) if f.name.startswith("num_") else (0, 2**24)
-            if type(value) not in (int, f.type) or not low <= value < high:
+            if f.type is not str and not (type(value) in (int, f.type) and low <= value < high):
                 raise InputError(f"{source}: {f.name} is {plain(value)!r}; {fitting}")
         if kind == "roberta":
             values["first_position"] = values["pad_token_id"] + 1
@@ -237,17 +238,19 @@ def init_weights(module):
 # ---- Tokenizers -----------------------------------------------------------------------------------------------------
 
 
-def wordpiece_tokenizer(vocab, source="vocab.txt", settings=None, longest_word=100):
+def wordpiece_tokenizer(vocab, settings=None, longest_word=100):
     """BERT's tokenizer over the list `vocab`; adds [CLS] and [SEP] and numbers the segments.
 
     settings: of a tokenizer_config.json. Where it does not say do_lower_case, the vocabulary does: one that lacks a
     letter from A to Z was made from lowered text. longest_word: letters; longer words are unknown.
+    Raises ValueError for a vocabulary without the tokens that it needs.
     """
     ids, settings = {token: i for i, token in enumerate(vocab)}, settings or {}
-    need_tokens(ids, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), source)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    need_tokens(ids, special, "vocab.txt")
     lowercase = settings.get("do_lower_case", not {*string.ascii_uppercase} <= ids.keys())
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=longest_word))
-    tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in ids])
+    tokenizer.add_special_tokens([token for token in (*special, "[MASK]") if token in ids])
     tokenizer.normalizer = BertNormalizer(
         lowercase=lowercase,
         strip_accents=settings.get("strip_accents"),  # by default exactly when it lowers
@@ -258,21 +261,23 @@ def wordpiece_tokenizer(vocab, source="vocab.txt", settings=None, longest_word=1
     return tokenizer
 
 
-def byte_level_tokenizer(ids, merges, source, settings):
+def byte_level_tokenizer(ids, merges, settings):
     """RoBERTa's tokenizer, byte-level BPE: ids {token: id}, merges [(left, right)]. A pair is <s> A </s></s> B </s>.
 
     There is no unknown word, for every byte is a token, and no segments: RoBERTa numbers both sentences 0.
+    Raises ValueError, or what the library raises, for ids and merges that are not whole or do not fit each other.
     """
-    special, space = ("<s>", "<pad>", "</s>", "<unk>"), settings.get("add_prefix_space", False)
-    need_tokens(ids, special, source)
-    with reading(source, "it does not fit merges.txt; copy or download both again"):
-        tokenizer = Tokenizer(BPE(ids, merges))
-        if len({*ids.values()}) < len(ids) or not {*ByteLevel.alphabet()} <= ids.keys():
-            raise ValueError("it lacks a byte or has a number twice")
-        unmade = ids.keys() - {*ByteLevel.alphabet()} - {left + right for left, right in merges}
-        if len(unmade) > 16 + len(ids) // 100:  # RoBERTa's own: 9 of 50,265
-            raise ValueError(f"{len(unmade)} of its tokens come from no line of merges.txt")
-    tokenizer.add_special_tokens(list(special))
+    special, space = ["<s>", "<pad>", "</s>", "<unk>"], settings.get("add_prefix_space", False)
+    need_tokens(ids, [*special, *ByteLevel.alphabet()], "vocab.json")
+    if {*map(type, ids.values())} != {int} or len({*ids.values()}) < len(ids):
+        raise ValueError("vocab.json does not give each token a number of its own")
+    if any(len(pair) != 2 for pair in merges):
+        raise ValueError("merges.txt has a line that is no pair")
+    unmade = ids.keys() - {*ByteLevel.alphabet()} - {left + right for left, right in merges}
+    if len(unmade) > 16 + len(ids) // 100:  # RoBERTa's own: 9 of 50,265
+        raise ValueError(f"{len(unmade)} tokens of vocab.json come from no line of merges.txt")
+    tokenizer = Tokenizer(BPE(ids, merges))
+    tokenizer.add_special_tokens(special)
     if "<mask>" in ids:
         tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])  # it stands for a word and its space
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=space)
@@ -280,10 +285,10 @@ def byte_level_tokenizer(ids, merges, source, settings):
     return tokenizer
 
 
-def need_tokens(ids, tokens, source):
-    if missing := [token for token in tokens if token not in ids]:
-        what = f"no {missing[0]} among its {len(ids)} tokens"
-        raise InputError(f"{source}: {what}; give the file that came with the weights")
+def need_tokens(ids, tokens, file):
+    for token in tokens:
+        if token not in ids:
+            raise ValueError(f"no {token} among the {len(ids)} tokens of {file}")
 
 
 # ---- Loading: which model, from where -------------------------------------------------------------------------------
@@ -328,20 +333,20 @@ def find_model(name):
     Raises InputError.
     """
     path = own_path(name)
-    if not os.path.exists(path):  # False also for names that no file can have
-        if name in GOOGLE_MODELS:
-            place = GOOGLE_MODELS[name] + ".zip"
-            return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
-        if name in HUB_MODELS:
-            place, files = HUB_MODELS[name]
-            for file, sha256 in files.items():
-                download(HUB_URL + place + file, cache_dir() / "models" / name / file, sha256)
-            return cache_dir() / "models" / name
-        known = ", ".join([key for key in GOOGLE_MODELS if key.startswith("bert-")] + list(HUB_MODELS))
-        raise InputError(f"unknown model {plain(name)!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
-    if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
-        raise InputError(f"{path}: neither a folder nor a zip file; give the folder that holds the checkpoint")
-    return path
+    if os.path.exists(path):  # False also for names that no file can have
+        if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
+            raise InputError(f"{path}: neither a folder nor a zip file; give the folder that holds the checkpoint")
+        return path
+    if name in GOOGLE_MODELS:
+        place = GOOGLE_MODELS[name] + ".zip"
+        return download(GOOGLE_URL + place, cache_dir() / "models" / place, member="bert_config.json")
+    if name in HUB_MODELS:
+        place, files = HUB_MODELS[name]
+        for file, sha256 in files.items():
+            download(HUB_URL + place + file, cache_dir() / "models" / name / file, sha256)
+        return cache_dir() / "models" / name
+    known = ", ".join([key for key in GOOGLE_MODELS if key.startswith("bert-")] + list(HUB_MODELS))
+    raise InputError(f"unknown model {plain(name)!r}: no such path, nor one of {known}, uncased_L-*_H-*_A-*")
 
 
 def load_pretrained(name, num_classes):
@@ -429,9 +434,9 @@ def build(config, num_classes, tensors, source):
         raise InputError(f"{source}: missing {name_some(missing)}; give a complete checkpoint that fits its config")
     if left_over:
         raise InputError(f"{source}: no place for {name_some(left_over)}; give a checkpoint that fits its config")
-    shapes, state = {key: tuple(value.shape) for key, value in model.state_dict().items()}, {}
+    empty, state = model.state_dict(), {}
     for name, original in theirs.items():
-        tensor, wanted = tensors[original](), shapes[ours[name]]
+        tensor, wanted = tensors[original](), tuple(empty[ours[name]].shape)
         if tuple(tensor.shape) != wanted:
             shape = f"{plain(original)} has shape {plain(tuple(tensor.shape))}, the config asks for {wanted}"
             raise InputError(f"{source}: {shape}; give the config that came with the weights")
@@ -484,8 +489,8 @@ NO_WEIGHT = re.compile(r"[./](adam_[mv]|Adam(_\d+)?)$|embeddings\.position_ids$"
 
 def is_encoder(name):
     """Whether a tensor belongs to BERT itself. What does not, such as the head of a task, is left out."""
-    inside = re.match(r"(module\.)?(bert|roberta|embeddings|encoder|pooler)[./]", name)
-    return bool(inside) and not NO_WEIGHT.search(name)
+    outside = not re.match(r"(module\.)?(bert|roberta|embeddings|encoder|pooler)[./]", name)
+    return not (outside or NO_WEIGHT.search(name))
 
 
 def open_weights(path, files):
@@ -542,7 +547,7 @@ def read_file(path, name):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: the shard (where it has several files), and its place there in bytes."""
+    """Where one tensor lies: in which shard of a checkpoint of several files, and at which bytes of it."""
 
     name: str
     dtype: str | int  # a key of TYPES, or what is not read
@@ -553,7 +558,7 @@ class Entry:
 
     def __post_init__(self):
         numbers = (*self.shape, self.shard, self.offset, self.size)
-        sound = all(type(number) is int and 0 <= number < 2**40 for number in numbers) and len(self.shape) <= 8
+        sound = all(type(n) is int and 0 <= n < 2**40 for n in numbers) and len(self.shape) <= 8
         if type(self.dtype) not in (str, int) or not sound:
             raise ValueError(f"a bad entry for {self.name}")
 
@@ -603,24 +608,23 @@ def read_tokenizer(path, files):
     kind = str(settings.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast")
     if kind not in ("BertTokenizer", "RobertaTokenizer", "PreTrainedTokenizer"):
         raise InputError(f"{path}: tokenizer_config.json: no {plain(kind)} can be read; add its tokenizer.json")
-    with reading(f"{path}: tokenizer_config.json"):
+    with reading(path, "give the tokenizer files that came with the weights"):
         if {"vocab.json", "merges.txt"} <= files:
             lines = read_text(path, "merges.txt").splitlines()
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            tokenizer = byte_level_tokenizer(read_json(path, "vocab.json"), merges, f"{path}: vocab.json", settings)
+            tokenizer = byte_level_tokenizer(read_json(path, "vocab.json"), merges, settings)
         elif "vocab.txt" in files:
             vocab = [token.rstrip(" \r") for token in read_text(path, "vocab.txt").rstrip("\n\r ").split("\n")]
             longest = 200 if "bert_config.json" in files else 100  # letters: in Google's code, and in the hub's
-            tokenizer = wordpiece_tokenizer(vocab, f"{path}: vocab.txt", settings, longest)
+            tokenizer = wordpiece_tokenizer(vocab, settings, longest)
             print(f"tokenizer  {'lower-cases' if tokenizer.normalizer.lowercase else 'keeps capitals'}")
         else:
             what = "neither tokenizer.json, nor vocab.json and merges.txt, nor vocab.txt in it"
             raise InputError(f"{path}: {what}; add the files that came with the weights")
-    with reading(f"{path}: added_tokens.json"):
         for token, i in sorted(added.items(), key=lambda item: item[1]):
             tokenizer.add_tokens([token])
             if tokenizer.token_to_id(token) != i:
-                raise ValueError(f"{token} would be {tokenizer.token_to_id(token)}, not {i}")
+                raise ValueError(f"added_tokens.json: {token} would be {tokenizer.token_to_id(token)}, not {i}")
     return tokenizer
 
 
@@ -638,9 +642,7 @@ def open_google(path, index):
     """{name: function that reads the tensor} of a TensorFlow checkpoint in a folder or zip; index: its *.index file."""
     content = read_file(path, index).tobytes()
     entries, num_shards = read_index(content, f"{path}: {index}")
-    wanted = DATA_SUMS.get(hashlib.sha256(content).hexdigest())
-
-    shards = {}
+    wanted, shards = DATA_SUMS.get(hashlib.sha256(content).hexdigest()), {}
     for shard in {entry.shard for entry in entries.values()}:
         name = f"{index.removesuffix('.index')}.data-{shard:05d}-of-{num_shards:05d}"
         data, source = read_file(path, name), f"{path}: {name}"
@@ -680,16 +682,16 @@ def read_index(content, source):
 
 def read_block(content, place):
     """The (key, value) pairs of the block of a LevelDB table at a place, a stream of two varints: offset and size."""
-    offset, size = read_varint(place), read_varint(place)
-    block, kind = content[offset : offset + size], content[offset + size : offset + size + 1]
-    if len(block) != size or kind != b"\0":
+    start, size = read_varint(place), read_varint(place)
+    end = start + size
+    block, kind, checksum = content[start:end], content[end : end + 1], content[end + 1 : end + 5]
+    if kind != b"\0":
         raise ValueError("a block is cut off or compressed")
-    (stored,) = struct.unpack_from("<I", content, offset + size + 1)
-    if stored != masked_crc32c(block + kind):
+    if checksum != struct.pack("<I", masked_crc32c(block + kind)):
         raise ValueError("a block's checksum is wrong")
     (restarts,) = struct.unpack("<I", block[-4:])
-    stream, key, pairs = io.BytesIO(block[: size - 4 - 4 * restarts]), b"", []
-    while stream.tell() < size - 4 - 4 * restarts:
+    stream, key, pairs = io.BytesIO(block), b"", []
+    while stream.tell() < size - 4 - 4 * restarts:  # what follows is for a search
         shared, unshared, length = (read_varint(stream) for _ in range(3))
         key = key[:shared] + stream.read(unshared)  # keys share prefixes with the key before
         pairs.append((key, stream.read(length)))
@@ -725,7 +727,7 @@ def read_protobuf(content):
 
 
 def number(message, field):
-    """A field of a protobuf message, which leaves out what is 0."""
+    """A number in a protobuf message, which leaves out what is 0."""
     return message.get(field, [0])[0]
 
 

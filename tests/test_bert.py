@@ -695,20 +695,20 @@ def test_bad_byte_level_vocabulary(roberta):
     ids = json.loads((roberta / "vocab.json").read_text())
     for vocab, word in (
         ([1], "vocab.json holds a list"),
-        (ids | {"a": "b"}, "vocab.json: cannot be read"),
-        (ids | {"a": -1}, "vocab.json: cannot be read"),
-        (ids | {"a": []}, "vocab.json: cannot be read"),
-        ({"a": 0}, "no <s>"),
+        (ids | {"a": "b"}, "vocab.json does not give each token a number"),
+        (ids | {"a": -1}, "give the tokenizer files"),
+        (ids | {"a": []}, "vocab.json does not give each token a number"),
+        ({"a": 0}, "no <s> among the 1 tokens of vocab.json"),
         (ids | {"more": len(ids)}, f"token {len(ids)}"),
-        (ids | {"more": 7}, "has a number twice"),
-        ({token: i for token, i in ids.items() if token != "b"}, "lacks a byte"),
-        ({token: i for token, i in ids.items() if token != "th"}, "does not fit merges.txt"),
+        (ids | {"more": 7}, "vocab.json does not give each token a number of its own"),
+        ({token: i for token, i in ids.items() if token != "b"}, "no b among the 263 tokens of vocab.json"),
+        ({token: i for token, i in ids.items() if token != "th"}, "Token `th` out of vocabulary"),
     ):
         (roberta / "vocab.json").write_text(json.dumps(vocab))
         refuse(roberta, word)
     (roberta / "vocab.json").write_text(json.dumps(ids))
     (roberta / "merges.txt").write_text("t h e\n")
-    refuse(roberta, "merges.txt")
+    refuse(roberta, "merges.txt has a line that is no pair")
     (roberta / "merges.txt").unlink()
     refuse(roberta, "neither tokenizer.json, nor vocab.json")
 
@@ -722,7 +722,7 @@ def test_cut_vocabularies(roberta, google, capsys):
     files[1].write_text(merges + "".join(f"{left} {right}\n" for left, right in pairs))
     assert bert.read_tokenizer(roberta, {"vocab.json", "merges.txt"}).encode("ai").tokens[1:-1] == ["ai"]
     files[1].write_text(merges)
-    refuse(roberta, "69 of its tokens come from no line of merges.txt")
+    refuse(roberta, "69 tokens of vocab.json come from no line of merges.txt")
     vocab = (google / "vocab.txt").read_text().splitlines()
     bert.load_pretrained(google, 2)
     assert "is its file whole" not in capsys.readouterr().out
