@@ -1,7 +1,7 @@
 """The systems that DACT-BERT is compared with, on the same backbone, data and code path.
 
     DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
-    FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit when entropy / log C < speed
+    FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit as DeeBERT does (S = "speed" · log C)
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed the answer
     BERxiT     (Xin et al., 2021)   the same training; exit when a learned unit says that the ramp's answer is right
     PALBERT    (Balagansky and Gavrilov, 2022)  each block has a chance to stop, learned with the answers (PonderNet); exit
@@ -78,7 +78,9 @@ def open_run(folder, data_folder=None, splits=None):
     args.device, args.precision, _ = train.pick_hardware(args.precision)
     if args.model == train.SCRATCH:
         torch.set_num_threads(1)  # as train.py
-    first, second = (train.load_run(folder / f"{name}.pt", stage, args.task) for stage, name in ((1, "stage1"), (2, "dact")))
+    first, second = (
+        train.load_run(folder / f"{name}.pt", stage, args.task) for stage, name in ((1, "stage1"), (2, "dact"))
+    )
     if len(second.model.heads) == 1:
         raise data.InputError(f"{folder}: a model of one block has no block to leave earlier; name another run")
     models = [saved.model.to(args.device).eval() for saved in (first, second)]
@@ -175,7 +177,9 @@ class Palbert(Exits):
         D, N = backbone.hidden_size, len(backbone.blocks)
         self.scales = nn.ModuleList(dact.Scale(D) for _ in range(N))
         self.stops = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1))
+            nn.Sequential(
+                nn.Linear(2 * D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1)
+            )
             for _ in range(N)
         )
 
@@ -221,13 +225,11 @@ def entropy(logits):
 
 
 def entropy_rule(logits, state, S):
-    """DeeBERT: leave when the entropy is under S nats; at most log C, so S > log C leaves after block 1."""
+    """DeeBERT: leave when the entropy is under S nats; it is at most log C, so S > log C leaves after block 1.
+
+    FastBERT's "speed" is the same knob in other units: S / log C.
+    """
     return entropy(logits) < S, state
-
-
-def speed_rule(logits, state, speed):
-    """FastBERT: leave when the entropy, as a share of log C, is under `speed` from 0 to 1."""
-    return entropy(logits) / math.log(logits.shape[-1]) < speed, state
 
 
 def patience_rule(logits, state, t):
@@ -288,18 +290,14 @@ def deebert_loss(logits, labels):
     return sum(F.cross_entropy(logits_n, labels) for logits_n in logits[:-1])
 
 
-def fastbert_loss(logits, labels):
-    """Self-distillation, no labels: Σ over the ramps of KL(ramp || last classifier) = Σ_c q_c (log q_c - log p_c)."""
-    teacher = logits[-1].detach().log_softmax(-1)
-    ramps = logits[:-1].log_softmax(-1)
-    return (ramps.exp() * (ramps - teacher)).sum(-1).mean(1).sum()
+def fastbert_loss(logits, labels, turned=False):
+    """Self-distillation, no labels: Σ over the ramps of KL(ramp || last classifier) = Σ_c q_c (log q_c - log p_c).
 
-
-def fastbert_code_loss(logits, labels):
-    """The same the other way round, KL(last classifier || ramp), which is what the authors' code minimises."""
-    teacher = logits[-1].detach().log_softmax(-1)
-    ramps = logits[:-1].log_softmax(-1)
-    return (teacher.exp() * (teacher - ramps)).sum(-1).mean(1).sum()
+    turned: KL(last classifier || ramp), which the authors' code minimises where their paper writes the other.
+    """
+    teacher, ramps = logits[-1].detach().log_softmax(-1), logits[:-1].log_softmax(-1)
+    divergence = teacher.exp() * (teacher - ramps) if turned else ramps.exp() * (ramps - teacher)
+    return divergence.sum(-1).mean(1).sum()
 
 
 def pabee_loss(logits, labels):
@@ -361,7 +359,9 @@ def ramps(run, vectors, loss, name, epochs=None):
     def train_them(args, record):
         args.epochs = epochs
         exits.heads.train()[-1].eval().requires_grad_(False)
-        train.fit(name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record)
+        train.fit(
+            name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record
+        )
 
     train_or_load(run, f"{name}-{epochs:g}", exits.heads, train_them)
     return exits.eval()

@@ -50,7 +50,9 @@ def report(run, variants, learned):
         labels, exit_block = train.predict(variant, run.dev, run.args)
         scores = train.scores(labels, run.dev.labels, run.args.task)
         saved = train.blocks_used(exit_block, len(run.dact.backbone.blocks))["saved"]
-        print(f"{name:<28}" + "".join(f"  {metric} {x:5.1f}%" for metric, x in scores.items()) + f"  saved {saved:5.1f}%")
+        print(
+            f"{name:<28}" + "".join(f"  {metric} {x:5.1f}%" for metric, x in scores.items()) + f"  saved {saved:5.1f}%"
+        )
 
 
 if __name__ == "__main__":

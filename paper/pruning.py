@@ -87,7 +87,9 @@ def prune_run(run, keep):
         print(f"no block can be dropped: training examples reach block {N}; --keep K cuts after block K all the same")
         return
     path = save_pruned(run, K)
-    small = train.load_run(path, 2, run.args.task).model.to(run.args.device).eval()  # what others will load, not what we had
+    small = (
+        train.load_run(path, 2, run.args.task).model.to(run.args.device).eval()
+    )  # what others will load, not what we had
     why = "as told" if keep else "which no training example reaches"
     print(f"dropped    block {K + 1} to {N}, {why}: {path}")
     models = {"unpruned": run.dact, "pruned": small}

@@ -197,7 +197,9 @@ def draw(run, part, seconds):
     axes.set_xticks(sizes, sizes)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set(xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.args.device})")
+    axes.set(
+        xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.args.device})"
+    )
     axes.legend()
     baselines.save_figure(figure, run.folder / "speed.png")
     plt.close(figure)

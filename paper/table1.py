@@ -57,8 +57,12 @@ OURS = ("DACT, rule (4)", "DACT by entropy")
 
 
 def main(argv):
-    parser = train.Parser(description=__doc__.splitlines()[0], epilog="All other flags are train.py's.", allow_abbrev=False)
-    parser.add_argument("--seeds", type=train.number(int, 1, 10), default=1, help="runs, of seeds 0, 1, ... (default: 1)")
+    parser = train.Parser(
+        description=__doc__.splitlines()[0], epilog="All other flags are train.py's.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--seeds", type=train.number(int, 1, 10), default=1, help="runs, of seeds 0, 1, ... (default: 1)"
+    )
     rivals = [name for name in SYSTEMS if name not in OURS]
     parser.add_argument("--without", nargs="+", choices=rivals, default=[], help="leave these systems out")
     parser.add_argument("--out", help="folder for all of it (default: runs/table1-TASK)")
@@ -68,7 +72,9 @@ def main(argv):
     systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
     held_out = opened(flags, out / "held-out", split_off_a_fifth(args))
     time = hours(held_out, systems, own.seeds)
-    print(f"the rest takes about {time:.1f} hours on this machine, less what is finished already; it can be interrupted")
+    print(
+        f"the rest takes about {time:.1f} hours on this machine, less what is finished already; it can be interrupted"
+    )
     chosen, form = choose(held_out, systems)
     results = []
     for seed in range(own.seeds):
@@ -104,7 +110,9 @@ def split_off_a_fifth(args):
 def hours(run, systems, seeds):
     """How long all will take, reckoned in the time of a stage 1: whole backbones are what takes long."""
     settings = [setting for name in systems if name in JOINT for setting in SYSTEMS[name].settings]
-    trained = 2 + 1 + sum(1 - depth / 100 for depth in DEPTHS.values()) + len([name for name in systems if name in JOINT])
+    trained = (
+        2 + 1 + sum(1 - depth / 100 for depth in DEPTHS.values()) + len([name for name in systems if name in JOINT])
+    )
     return (sum(settings) + seeds * trained) * run.metrics["seconds"]["stage1"] / 3600
 
 
@@ -139,7 +147,7 @@ def deebert(run, factor):
 
 def fastbert(run, setting):
     """setting: (which divergence, factor). Its "speed" is the entropy as a share of log C: the same knob, in other units."""
-    loss = {"paper": baselines.fastbert_loss, "code": baselines.fastbert_code_loss}[setting[0]]
+    loss = {"paper": baselines.fastbert_loss, "code": partial(baselines.fastbert_loss, turned=True)}[setting[0]]
     exits = baselines.ramps(run, None, loss, f"FastBERT-{setting[0]}", setting[1] * run.args.epochs)
     return by_entropy(run, *train.outputs(exits, run.dev, run.args))
 
@@ -173,7 +181,9 @@ def dact_over_tau(run, factor):
 def dact_by_entropy(run, factor):
     """Section 3.1's confidence function on DACT's backbone and heads as stage 2 left them."""
     run = trained_longer(run, factor)
-    return by_entropy(run, baselines.logits_of(run.dact, train.Vectors(run.dact.backbone, run.dev, run.args), run.args)[0])
+    return by_entropy(
+        run, baselines.logits_of(run.dact, train.Vectors(run.dact.backbone, run.dev, run.args), run.args)[0]
+    )
 
 
 def trained_longer(run, factor):
@@ -269,7 +279,9 @@ def measured(run, systems, chosen):
         metric, rules = data.TASKS[run.args.task].metrics[0], run.metrics["rules"]
         for row, each in {"majority class": run.metrics["majority"], "base": run.metrics["full"]}.items():
             found["rows"][row] = each[metric], 0.0
-        found["rows"] |= {f"DACT, {train.RULE_NAMES[rule]}": (each[metric], each["saved"]) for rule, each in rules.items()}
+        found["rows"] |= {
+            f"DACT, {train.RULE_NAMES[rule]}": (each[metric], each["saved"]) for rule, each in rules.items()
+        }
     if "base, stage 1 twice" not in found["rows"]:
         found["rows"]["base, stage 1 twice"] = whole(run, baselines.longer(run))
     if FIRST not in found["curves"]:
@@ -277,7 +289,9 @@ def measured(run, systems, chosen):
         for k in sorted({max(1, round(N * (1 - depth / 100))) for depth in DEPTHS.values()}):
             print(f"{run.folder}: the first {k} of {N} blocks")
             points.append(whole(run, baselines.first_blocks(run, k), k))
-        found["curves"][FIRST] = sorted((saved, metric, metric) for metric, saved in points)  # to deal its exits is no change
+        found["curves"][FIRST] = sorted(
+            (saved, metric, metric) for metric, saved in points
+        )  # to deal its exits is no change
     keep(run, found)
     return found
 
@@ -327,14 +341,21 @@ def markdown(args, chosen, form, results):
     for name in results[0]["curves"]:
         curves = [result["curves"][name] for result in results]
         cells = [mean_and_deviation([at(points, depth) for points in curves]) for depth in DEPTHS.values()]
-        cells += [mean_and_deviation([at(points, 50, 2) for points in curves]), mean_and_deviation(list(map(area, curves)))]
+        cells += [
+            mean_and_deviation([at(points, 50, 2) for points in curves]),
+            mean_and_deviation(list(map(area, curves))),
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {in_words(chosen.get(name), args.epochs)} |")
     lines += ["", f"| {form} less ... | {' | '.join(DEPTHS)} | area |", "| --- |" + " ---: |" * 5]
     for name in results[0]["curves"]:
         if name != form:
             pairs = [(result["curves"][form], result["curves"][name]) for result in results]
-            cells = [interval([at(ours, depth) - at(theirs, depth) for ours, theirs in pairs]) for depth in DEPTHS.values()]
-            lines.append(f"| {name} | {' | '.join(cells)} | {interval([area(ours) - area(theirs) for ours, theirs in pairs])} |")
+            cells = [
+                interval([at(ours, depth) - at(theirs, depth) for ours, theirs in pairs]) for depth in DEPTHS.values()
+            ]
+            lines.append(
+                f"| {name} | {' | '.join(cells)} | {interval([area(ours) - area(theirs) for ours, theirs in pairs])} |"
+            )
     N = len(results[0]["heads"][form])
     lines += ["", f"| the head of block | {' | '.join(str(n) for n in range(1, N + 1))} |", "| --- |" + " ---: |" * N]
     for name in results[0]["heads"]:
@@ -382,7 +403,11 @@ def draw(args, results):
         means = np.mean([at(result["curves"][name], GRID) for result in results], axis=0)
         line, width = ("-", 2) if name in OURS else ("--", 1.2)
         axis.plot(GRID, means, line, color=COLOURS[name], linewidth=width, label=name)
-    for row, mark, colour in (("base", "s", "k"), ("DACT, rule (4)", "o", COLOURS[OURS[0]]), ("DACT, exact rule", "*", COLOURS[OURS[0]])):
+    for row, mark, colour in (
+        ("base", "s", "k"),
+        ("DACT, rule (4)", "o", COLOURS[OURS[0]]),
+        ("DACT, exact rule", "*", COLOURS[OURS[0]]),
+    ):
         reached, saved = np.mean([result["rows"][row] for result in results], axis=0)
         axis.plot(saved, reached, mark, color=colour, markersize=9, label=f"{row}, as trained")
     axis.axhline(results[0]["rows"]["majority class"][0], color="grey", linestyle=":", label="majority class")

@@ -233,7 +233,9 @@ def write_glue(folder, name, examples=40):
     rng, written = random.Random(0), {}
     (folder / name).mkdir(parents=True)
     if name == "MNLI":  # whose models answer the diagnostic set, too
-        (folder / "AX.tsv").write_text("index\tsentence1\tsentence2\n" + "".join(f"{i}\ta b\tc\n" for i in range(examples)))
+        (folder / "AX.tsv").write_text(
+            "index\tsentence1\tsentence2\n" + "".join(f"{i}\ta b\tc\n" for i in range(examples))
+        )
     words = WORDS.get(name, ("0", "1"))
     for file, (header, row) in GLUE[name].items():
         written[file] = []
@@ -259,6 +261,18 @@ def small_toy_task(divisor):
 
 def short_toy_run(folder, batch, *flags):
     """Train one epoch of the toy task into a folder: the folder."""
-    argv = ["--epochs", "1", "--lr", "1e-3", "--batch", str(batch), "--precision", "float32", "--out", str(folder), *flags]
+    argv = [
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-3",
+        "--batch",
+        str(batch),
+        "--precision",
+        "float32",
+        "--out",
+        str(folder),
+        *flags,
+    ]
     assert train.main(argv) == 0
     return folder

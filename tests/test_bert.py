@@ -313,7 +313,10 @@ def test_cased_or_uncased_is_read_off_the_vocabulary():
     assert bert.wordpiece_tokenizer(few).encode("The the").tokens == ["[CLS]", "the", "the", "[SEP]"]
     cased = bert.wordpiece_tokenizer([*VOCAB, "The", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"])
     assert cased.encode("The the THE").tokens == ["[CLS]", "The", "the", "[UNK]", "[SEP]"]
-    assert bert.wordpiece_tokenizer(few, settings={"do_lower_case": False}).encode("The the").tokens[1:3] == ["The", "the"]
+    assert bert.wordpiece_tokenizer(few, settings={"do_lower_case": False}).encode("The the").tokens[1:3] == [
+        "The",
+        "the",
+    ]
 
 
 def test_a_tokenizer_config_is_obeyed(tmp_path, capsys):

@@ -449,7 +449,9 @@ def test_metrics_by_hand():
     assert data.f1(torch.zeros(5), labels) == 0
     # 2 hits, 1 miss, 1 rejection, 1 false alarm: (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2) = 1 / 6
     assert data.matthews(predicted, labels) == pytest.approx(100 / 6)
-    assert data.matthews(predicted, 1 - predicted) == pytest.approx(-100) and data.matthews(labels, labels) == pytest.approx(100)
+    assert data.matthews(predicted, 1 - predicted) == pytest.approx(-100) and data.matthews(
+        labels, labels
+    ) == pytest.approx(100)
     assert data.matthews(torch.ones(5), labels) == 0
     three = torch.tensor([0, 1, 2, 2])
     assert data.accuracy(three, torch.tensor([0, 1, 2, 0])) == 75

@@ -89,7 +89,9 @@ def test_two_processes_evaluate_with_the_same_scale(tmp_path):
     drive(tmp_path, "out", 2, flags=["--epochs", "1.8"], scale="follows")  # in the last step both have the same row
     first, second = (torch.load(tmp_path / f"buffers-{rank}.pt") for rank in (0, 1))
     saved = train.load_run(tmp_path / "out" / "dact.pt", 2, "toy")[0]
-    assert len(first) == 3 * 6 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, saved.buffers()))
+    assert (
+        len(first) == 3 * 6 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, saved.buffers()))
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

@@ -456,7 +456,9 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
 
 def test_resuming_on_other_data(tmp_path, capsys, monkeypatch):
     make = data.toy_examples
-    monkeypatch.setattr(train, "without_dropout", lambda backbone: (_ for _ in ()).throw(KeyboardInterrupt))  # after stage 1
+    monkeypatch.setattr(
+        train, "without_dropout", lambda backbone: (_ for _ in ()).throw(KeyboardInterrupt)
+    )  # after stage 1
     assert train.main(toy_argv(tmp_path)) == 130
     capsys.readouterr()
     monkeypatch.setattr(data, "toy_examples", lambda count, seed: make(count, seed + 5))
@@ -472,9 +474,7 @@ def test_an_infinite_gradient_ends_the_run(tmp_path, capsys, monkeypatch):
 def test_an_infinite_loss_ends_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.F, "cross_entropy", lambda logits, labels: logits.sum() * float("inf"))
     error = fails(capsys, "--epochs", "0.5", "--out", tmp_path)
-    assert (
-        "stage 1: the loss is" in error and "at step 1; start again with a smaller --lr" in error
-    )
+    assert "stage 1: the loss is" in error and "at step 1; start again with a smaller --lr" in error
     assert not (tmp_path / "stage1.pt").exists()
 
 
@@ -514,7 +514,11 @@ def test_unknown_task_and_model(tmp_path, capsys):
     assert "unknown task 'copa'" in fails(capsys, "--task", "copa", "--out", tmp_path)
     for spelling in ("sts-b", "STS-B", "STSB", "sts_b"):
         assert "STS-B is a regression" in fails(capsys, "--task", spelling, "--out", tmp_path)
-    assert [train.parse_arguments(["--task", name]).task for name in ("SST2", "SST-2", "CoLA")] == ["sst-2", "sst-2", "cola"]
+    assert [train.parse_arguments(["--task", name]).task for name in ("SST2", "SST-2", "CoLA")] == [
+        "sst-2",
+        "sst-2",
+        "cola",
+    ]
     assert "dact.pt: no such file" in fails(capsys, "--task", "rte", "--submit", tmp_path / "x", "--out", tmp_path)
     assert "unknown model 'bort'" in fails(capsys, "--task", "rte", "--model", "bort", "--out", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -557,7 +561,12 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     fields = [{"settings": 5}, {"seconds": None}, {"seconds": {"stage 1": math.nan}}, {"task": 1}, {"stage": "2"}, {"model": 5},
               {"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}, {"config": {}}]  # fmt: skip
     abouts = [{"about": json.dumps(json.loads(saved["about"]) | field)} for field in fields]
-    parts = [{"about": torch.zeros(2)}, {"about": "[]"}, {"tokenizer": [""]}, {"version": torch.zeros(1).expand(10**10)}]
+    parts = [
+        {"about": torch.zeros(2)},
+        {"about": "[]"},
+        {"tokenizer": [""]},
+        {"version": torch.zeros(1).expand(10**10)},
+    ]
     for broken in (*abouts, *parts, {"state": {}}, {"state": 5}, {"state": {"heads.0.scale.mean": 5}}):
         torch.save(saved | broken, tmp_path / "dact.pt")
         assert "dact.pt: " in fails(capsys, "--out", tmp_path, "--explain", "x")
