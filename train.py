@@ -97,7 +97,8 @@ def run(args, splits=None):
     else:
         adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
         without_dropout(adaptive.backbone)
-        fit("stage 2", adaptive.train(), stage2_loss(args.tau, args.head_loss), train_set, args, record)
+        loss_of = partial(stage2_loss, tau=args.tau, head_loss=args.head_loss)
+        fit("stage 2", adaptive.train(), loss_of, train_set, args, record)
         # CHOICE: 20,000 examples at most. Their vectors, 4 N D bytes each, fit into memory, and halting learns on them.
         learn_halting(adaptive, args.tau, Vectors(adaptive.backbone, train_set, args, most=20_000), args, record)
         save_model(args.out / "dact.pt", start._replace(model=adaptive, settings=settings, seconds=record.seconds))
@@ -131,26 +132,21 @@ def starting_model(args, stage1=None):
 
 
 def stage1_loss(model, inputs, labels):
-    """-> (loss, price of computation, mean h), scalars; stage 1 has no halting, so the last two are 0."""
-    loss = F.cross_entropy(model(*inputs).float(), labels)
-    return loss, torch.zeros_like(loss), torch.zeros_like(loss)
+    """-> (loss,), a scalar."""
+    return (F.cross_entropy(model(*inputs).float(), labels),)
 
 
-def stage2_loss(tau, head_loss=0.0):
-    """The loss of stage 2 at a price tau: a function like `stage1_loss`. head_loss: weight of what (3) does not have."""
-
-    def loss(model, inputs, labels):
-        y, h = model(*inputs)
-        a, _ = dact.accumulate_all(y, h)
-        answer, price = dact.dact_loss(a[-1], h, labels, tau)
-        total = answer + price  # (3)
-        if head_loss:
-            # DIFFERS: (3) judges a_N alone, so a head learns in proportion to its weight in a_N, and those after a closed
-            # gate not at all. Here every head also sees the label: the mean over n of L(y_n, label).
-            total = total + head_loss * dact.answer_loss(y.flatten(0, 1), labels.repeat(len(y)))
-        return total, price, h.mean()
-
-    return loss
+def stage2_loss(model, inputs, labels, tau, head_loss=0.0):
+    """-> (loss, price of computation, mean h), scalars. head_loss: weight of what (3) does not have."""
+    y, h = model(*inputs)
+    a, _ = dact.accumulate_all(y, h)
+    answer, price = dact.dact_loss(a[-1], h, labels, tau)
+    loss = answer + price  # (3)
+    if head_loss:
+        # DIFFERS: (3) judges a_N alone, so a head learns in proportion to its weight in a_N, and those after a closed
+        # gate not at all. Here every head also sees the label: the mean over n of L(y_n, label).
+        loss = loss + head_loss * dact.answer_loss(y.flatten(0, 1), labels.repeat(len(y)))
+    return loss, price, h.mean()
 
 
 def without_dropout(backbone):
@@ -163,7 +159,10 @@ def without_dropout(backbone):
 
 
 def fit(stage, model, loss_of, train_set, args, record):
-    """Train `model` in place, in its mode (train or eval), for args.epochs; `record` shows and logs how it goes."""
+    """Train `model` in place, in its mode (train or eval), for args.epochs; `record` shows and logs how it goes.
+
+    loss_of: a function like `stage1_loss` or, with halting, like `stage2_loss`.
+    """
     torch.manual_seed(args.seed + rank())  # each process has a dropout of its own
     per_epoch = -(-len(train_set) // args.batch)
     step, steps = 0, max(1, round(args.epochs * per_epoch))
@@ -177,12 +176,12 @@ def fit(stage, model, loss_of, train_set, args, record):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * warm_up_and_decay(step, steps)
             with autocast(args):
-                loss, price, mean_h = loss_of(parallel, inputs, labels)
-            (loss * weight).backward()
+                loss, *halting = (part * weight for part in loss_of(parallel, inputs, labels))
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            record.add(step, torch.stack([loss * weight, price * weight, mean_h * weight, norm]).detach())
+            record.add(step, torch.stack([loss, *halting, norm]).detach())
     if dist.is_initialized():
         for buffer in model.buffers():  # what the last step observed differs between processes
             dist.broadcast(buffer, 0)
@@ -219,7 +218,7 @@ def learn_halting(model, tau, vectors, args, record):
         head.reset_halting()
     for name, parameter in alone.named_parameters():
         parameter.requires_grad_(".halt." in name)
-    fit("halting", alone, stage2_loss(tau), vectors, args, record)
+    fit("halting", alone, partial(stage2_loss, tau=tau), vectors, args, record)
 
 
 class Vectors:
@@ -733,23 +732,23 @@ class Record:
         self.stage, self.steps, self.examples, self.rows, self.began = stage, steps, examples, [], time.perf_counter()
 
     def add(self, step, row):
-        """What a step gave, (loss, price, mean h, gradient's norm), as a tensor (4,) that stays on the device."""
+        """What a step gave, (loss, gradient's norm) or (loss, price, mean h, norm): a tensor that stays on the device."""
         self.rows.append(row)  # to read it now would make the device wait
         if step % max(1, self.steps // self.lines) and step < self.steps:
             return
         rows, self.rows = torch.stack(gather(torch.stack(self.rows).cpu())).mean(0), []
         for row, number in zip(rows.tolist(), range(step - len(rows) + 1, step + 1)):
-            for what, value in (("loss", row[0]), ("norm of the gradient", row[3])):
+            for what, value in (("loss", row[0]), ("norm of the gradient", row[-1])):
                 if not math.isfinite(value):
                     what = f"{self.stage}: the {what} is {value} at step {number}"
                     raise InputError(f"{what}; start again with a smaller --lr or --head-lr")
-        loss, price, mean_h, _ = rows.mean(0).tolist()
+        loss, *halting, _ = rows.mean(0).tolist()
+        halting = dict(zip(("price", "mean_h"), halting))
         seconds = self.seconds[self.stage] = time.perf_counter() - self.began
         speed, minutes = step * self.examples / seconds, (self.steps - step) * seconds / step / 60
-        halting = {"price": price, "mean_h": mean_h} if mean_h else {}
         self.log({"stage": self.stage, "step": step, "loss": loss, **halting, "examples_per_second": speed})
         line = f"{self.stage} {step:>6}/{self.steps}  loss {loss:.4f}"
-        line += f"  price {price:.4f}  mean h {mean_h:.3f}" if halting else ""
+        line += "".join(f"  {name} {value:.4f}" for name, value in halting.items())
         line += f"{speed:>8.0f}/s {minutes:>5.1f} min left"
         print(line, end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)  # overwritten on a terminal
 

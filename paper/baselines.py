@@ -334,8 +334,7 @@ def as_stage(loss):
     """One of the losses above as `train.fit` wants it."""
 
     def stage_loss(model, inputs, labels):
-        value = loss(model(*inputs), labels)
-        return value, torch.zeros_like(value), torch.zeros_like(value)
+        return (loss(model(*inputs), labels),)
 
     return stage_loss
 
@@ -510,7 +509,7 @@ def learned_entropy_dact(run, exits, vectors, tied, S):
     def train_it(args, record):
         # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
         args.epochs, args.head_lr = 10 * args.epochs, 5e-2
-        train.fit(name, train.over_vectors(model), train.stage2_loss(args.tau), vectors(), args, record)
+        train.fit(name, train.over_vectors(model), partial(train.stage2_loss, tau=args.tau), vectors(), args, record)
 
     train_or_load(run, name, model.heads, train_it)
     return model.eval()

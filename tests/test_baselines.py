@@ -398,7 +398,7 @@ def test_section_3_1_learns_when_to_stop():
         optimizer = torch.optim.Adam(model.parameters(), 0.05)
         for _ in range(100):
             optimizer.zero_grad()
-            train.stage2_loss(5e-3)(model, (logits, torch.ones(256, 3)), labels)[0].backward()
+            train.stage2_loss(model, (logits, torch.ones(256, 3)), labels, 5e-3)[0].backward()
             optimizer.step()
         learned.append(model.heads[0].threshold())
     assert learned[0] > 0.663 and learned[1] < 0.6

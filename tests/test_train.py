@@ -62,10 +62,10 @@ def test_loss_of_stage_2_by_hand():
     h = torch.tensor([[0.5, 0.25], [0.1, 0.15]])
     labels, log = torch.tensor([0, 1]), math.log
     answer, price = -(log(0.7) + log(0.2)) / 2, 0.1 * (0.6 + 0.4) / 2
-    total, said_price, mean_h = train.stage2_loss(0.1)(lambda: (y, h), (), labels)
+    total, said_price, mean_h = train.stage2_loss(lambda: (y, h), (), labels, 0.1)
     assert (total.item(), said_price.item(), mean_h.item()) == pytest.approx((answer + price, price, 0.25))
     heads = -(log(0.8) + log(0.1) + log(0.6) + log(0.5)) / 4  # every head's own loss, if asked for
-    total, said_price, _ = train.stage2_loss(0.1, 2.0)(lambda: (y, h), (), labels)
+    total, said_price, _ = train.stage2_loss(lambda: (y, h), (), labels, 0.1, 2.0)
     assert (total.item(), said_price.item()) == pytest.approx((answer + price + 2 * heads, price))
 
 
