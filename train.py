@@ -74,7 +74,7 @@ def run(args, splits=None):
     check_folder(args)
     finished = finished_stages(args)  # before an interruption: none, stage 1, or both
     torch.manual_seed(args.seed)
-    start = finished[0] if finished else starting_model(args, args.stage1)
+    start = finished[0] if finished else starting_model(args)
     splits = splits or data.load_task(args.task, args.data)
     train_set, dev_set = (start.dataset(split) for split in splits)
     settings = settings_of(args, splits)
@@ -108,14 +108,13 @@ def run(args, splits=None):
     record.finish(settings | {"model": start.name, "rule": args.rule} | results)
 
 
-def starting_model(args, stage1=None):
-    """What training starts from, as a `Saved`: the model of the file `stage1`, if there is one, or pretrained weights, or
-    for the toy task a tiny BERT with random ones."""
+def starting_model(args):
+    """What training starts from, as a `Saved`: the model of --stage1's file, pretrained weights, or the toy task's tiny BERT."""
     num_classes = len(data.find_task(args.task).labels)
-    if stage1 is not None:
-        start = load_run(stage1, 1, args.task)
+    if args.stage1 is not None:
+        start = load_run(args.stage1, 1, args.task)
         if args.model not in (None, start.name):
-            raise InputError(f"{stage1} was trained from {start.name}, not from {args.model}; leave --model out")
+            raise InputError(f"{args.stage1} was trained from {start.name}, not from {args.model}; leave --model out")
         return start._replace(max_tokens=min(args.max_tokens, start.config.max_tokens))
     if args.task == "toy" and args.model is None:
         torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and so it rounds alike on any machine
@@ -273,13 +272,6 @@ def replaced(model, **modules):
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
-class Predictions(NamedTuple):
-    """What a model answers on n examples."""
-
-    labels: torch.Tensor  # (n,) int64, predicted classes
-    exit_block: torch.Tensor  # (n,) int64, from 1
-
-
 def evaluate(stage1, adaptive, train_set, dev, args):
     """The scores of every variant of the model on the dev set, and the times of two, as metrics.json keeps them."""
     N, task = len(adaptive.backbone.blocks), args.task
@@ -315,15 +307,22 @@ def all_blocks(scores, N):
     return dact.Halted(label, scores, torch.full_like(label, N))
 
 
-@torch.no_grad()
+class Predictions(NamedTuple):
+    """What a model answers on n examples."""
+
+    labels: torch.Tensor  # (n,) int64, predicted classes
+    exit_block: torch.Tensor  # (n,) int64, from 1
+
+
 def predict(variant, dataset, args):
-    """The `Predictions` of a function inputs -> `Halted` on a dataset. Processes share the work; all get all of it."""
-    found = torch.zeros(2, len(dataset), dtype=torch.long)
-    with autocast(args):
-        for indices, inputs in my_batches(dataset, args):
-            halted = variant(*inputs)
-            found[:, indices] = torch.stack([halted.label, halted.exit_block]).cpu()
-    return Predictions(*torch.stack(gather(found)).amax(0))  # 0: another process's example
+    """The `Predictions` of a function inputs -> `Halted` on a dataset."""
+
+    def labels_and_exits(*inputs):
+        halted = variant(*inputs)
+        return torch.stack([halted.label, halted.exit_block])  # (2, B)
+
+    (found,) = outputs(labels_and_exits, dataset, args)
+    return Predictions(*found)
 
 
 @torch.no_grad()
@@ -347,14 +346,19 @@ def seconds_of(variants, dataset, args):
 
 @torch.no_grad()
 def outputs(model, dataset, args):
-    """What a model gives of every block for every example: (N, n, ...) on the CPU, one tensor for each of its outputs."""
-    batches, rows = data.evaluation_batches(dataset.lengths, args.batch), []
+    """What a model gives of every block for every example: (N, n, ...) on the CPU, one tensor for each of its outputs.
+
+    Processes share the work, and all get all of it.
+    """
+    found = []
     with autocast(args):
-        for indices in batches:
-            found = model(*to_device(dataset.batch(indices)[0], args.device))
-            rows.append([x.float().cpu() for x in (found if isinstance(found, tuple) else (found,))])
-    back = torch.cat([torch.as_tensor(indices) for indices in batches]).argsort()
-    return [torch.cat(column, 1)[:, back] for column in zip(*rows)]
+        for indices, inputs in my_batches(dataset, args):
+            output = model(*inputs)
+            parts = output if isinstance(output, tuple) else (output,)
+            found.append((torch.as_tensor(indices), *(part.cpu() for part in parts)))
+    order, *columns = zip(*sum(gather(found), []))
+    back = torch.cat(order).argsort()
+    return [torch.cat(column, 1)[:, back] for column in columns]
 
 
 def scores(predicted, labels, task):
@@ -860,31 +864,22 @@ def load_run(path, stage=2, task=None):
         else:
             model = dact.DactBert(model, num_classes)
     with data.reading(path, "its weights do not fit its own config; name another run"):
-        check_state(state, model)
+        check_state(state)
         model.load_state_dict(state, assign=True)
     name = data.plain(about["model"], 200)
     return Saved(model, tokenizer, name, max_tokens, task, config, about["settings"], about["seconds"])
 
 
-def check_state(state, model):
-    """Raise ValueError unless a state dict has tensors of the very kinds that the model's own are of, and finite."""
-    wanted = model.state_dict()
-    if state.keys() != wanted.keys():
-        raise ValueError(f"other tensors, such as {min(state.keys() ^ wanted.keys())}")
-    for name, tensor in wanted.items():
-        other = state[name]
-        if (other.shape, other.dtype, other.layout) != (tensor.shape, tensor.dtype, tensor.layout):
-            raise ValueError(f"{name} is {other.dtype} {tuple(other.shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
-        if other.is_meta or not other.is_contiguous() or not bert.all_finite(other):
-            raise ValueError(f"{name} holds a number that is not finite, or none of its own")
-
-
-def interrupt(*_):
-    """What SIGTERM does: the same as Ctrl-C, which a job in the background ignores."""
-    raise KeyboardInterrupt
+def check_state(state):
+    """Raise ValueError unless a state dict holds plain finite float32 tensors; load_state_dict looks at names and shapes."""
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+            raise ValueError(f"{name} is no plain float32 tensor")
+        if not bert.all_finite(tensor):
+            raise ValueError(f"{name} holds a number that is not finite")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which a job in the background ignores
     sys.stdout.reconfigure(errors="replace")  # a console that has no ▁ shows ? and goes on
     sys.exit(main())

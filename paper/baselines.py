@@ -444,7 +444,7 @@ def train_or_load(run, name, model, train_it):
     if path.exists():
         saved = bert.load_pickle(path)
         with data.reading(path, "it is not of this run; delete it to train it again"):
-            train.check_state(saved, model)
+            train.check_state(saved)
             model.load_state_dict(saved)
         return model.eval()
     lines = 20 if sys.stdout.isatty() else 1  # scripts train many systems
