@@ -69,12 +69,13 @@ def run(args, splits=None):
 
     splits: (train, dev), two `data.Examples` in the place of the task's own.
     """
-    join_processes()
     args.device, args.precision, why = pick_hardware(args.precision)
     check_folder(args)
     finished = finished_stages(args)  # before an interruption: none, stage 1, or both
     torch.manual_seed(args.seed)
     start = finished[0] if finished else starting_model(args)
+    if start.name == SCRATCH:
+        torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and so it rounds alike on any machine
     splits = splits or data.load_task(args.task, args.data)
     train_set, dev_set = (start.dataset(split) for split in splits)
     settings = settings_of(args, splits)
@@ -83,7 +84,8 @@ def run(args, splits=None):
     print(f"model      {start.name}, {sum(p.numel() for p in start.model.parameters()) / 1e6:.1f} M parameters")
     print(f"task       {args.task}, {len(train_set)} training and {len(dev_set)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in VERSIONS.items()))
-    record = Record(args.out, {"settings": settings}, finished, keep=args.stage1)
+    outdated = RUN_FILES[1:] if args.stage1 is None else RUN_FILES[2:]  # else a copy of args.stage1 replaces stage1.pt
+    record = Record(args.out, {"settings": settings}, finished, outdated)
 
     stage1 = start.model.to(args.device)
     if not finished:
@@ -117,7 +119,6 @@ def starting_model(args):
             raise InputError(f"{args.stage1} was trained from {start.name}, not from {args.model}; leave --model out")
         return start._replace(max_tokens=min(args.max_tokens, start.config.max_tokens))
     if args.task == "toy" and args.model is None:
-        torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and so it rounds alike on any machine
         model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes)).apply(bert.init_weights)
         name, tokenizer = SCRATCH, bert.wordpiece_tokenizer(TOY_VOCAB)
     else:
@@ -454,14 +455,13 @@ def print_equations(y, h, names):
     print(f"  n  {'y_n':<{width}} h_n    p_n    {'a_n':<{width}} rule (4)           exact rule")
     for n, (y_n, h_n, a_n, p_n) in enumerate(zip(y, h, a, p), start=1):
         line = f"{n:>3}  {decimals(y_n):<{width}} {decimals(h_n)}  {decimals(p_n)}  {decimals(a_n):<{width}} "
-        already = len(stops) == len(dact.RULES)
+        not_run = "   not run" * (len(stops) == len(dact.RULES))
         for name, rule in dact.RULES.items():
             left, right = rule(a_n, p_n, N - n)
-            halts = bool(left >= right)
-            line += f"{decimals(left)} {'>=' if halts else '< '} {decimals(right)}     "
-            if halts and name not in stops:
-                stops[name] = f"{RULE_NAMES[name]} stops after block {n} of {N}: {names[a_n.argmax()]}"
-        print(line.rstrip() + "   not run" * already)
+            line += f"{decimals(left)} {'>=' if left >= right else '< '} {decimals(right)}     "
+            if left >= right:
+                stops.setdefault(name, f"{RULE_NAMES[name]} stops after block {n} of {N}: {names[a_n.argmax()]}")
+        print(line.rstrip() + not_run)
     print("\n" + "\n".join(stops.values()))
 
 
@@ -474,7 +474,6 @@ def decimals(tensor):
 
 def submit(args):
     """Write FOLDER/<task>.tsv: a finished run's answers by early exit, a line (index, label word) per test example."""
-    join_processes()
     args.device, args.precision, _ = pick_hardware(args.precision)
     saved = load_run(args.out / "dact.pt", 2, args.task)  # before anything is downloaded
     examples, model = data.load_test(args.task, args.data), saved.model.to(args.device).eval()
@@ -574,8 +573,9 @@ def number(kind, low, high):
 def pick_hardware(asked=None):
     """(device, precision, why): the best device there is, and bfloat16 where it multiplies it natively, and so faster.
 
-    asked: "float32", "bfloat16" or None.
+    asked: "float32", "bfloat16" or None. Under torchrun the processes meet first, for each has its own GPU.
     """
+    join_processes()
     cuda, flags = torch.cuda.is_available(), set()
     # The processes of torchrun cannot exchange gradients from mps.
     mps = torch.backends.mps.is_available() and not dist.is_initialized()
@@ -673,24 +673,22 @@ def check_folder(args):
     held = [name for name in RUN_FILES if (args.out / name).exists()]
     if not held or (args.overwrite and not args.resume):
         return
+    advice = "choose another --out, or start again with --overwrite and without --resume"
     if "metrics.json" in held:
-        what = "choose another --out, or start again with --overwrite and without --resume"
-        raise InputError(f"{args.out} holds a finished run; {what}")
+        raise InputError(f"{args.out} holds a finished run; {advice}")
     if "dact.pt" in held and "stage1.pt" not in held:
-        raise InputError(f"{args.out}: stage1.pt is missing beside dact.pt; choose another --out, or start again with --overwrite")
+        raise InputError(f"{args.out}: stage1.pt is missing beside dact.pt; {advice}")
     if not args.resume:
-        what = "go on with --resume, choose another --out, or start again with --overwrite"
-        raise InputError(f"{args.out} holds an unfinished run; {what}")
+        raise InputError(f"{args.out} holds an unfinished run; go on with --resume, {advice}")
 
 
 def finished_stages(args):
     """What --resume goes on with: the `Saved` of stage1.pt and of dact.pt in args.out, as far as they are there."""
     finished = []
     for stage, name in ((1, "stage1.pt"), (2, "dact.pt")):
-        if not args.resume or not (args.out / name).exists():
-            break
-        finished.append(load_run(args.out / name, stage, args.task))
-        print(f"resumed    after stage {stage}")
+        if args.resume and (args.out / name).exists():
+            finished.append(load_run(args.out / name, stage, args.task))
+            print(f"resumed    after stage {stage}")
     if len(set(gather(len(finished)))) > 1:
         raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
     return finished
@@ -698,9 +696,9 @@ def finished_stages(args):
 
 def check_settings(finished, settings, folder):
     """Raise InputError unless the stages (`Saved`) that a run goes on from have its own settings."""
-    for name, value in settings.items():
-        for found in (saved.settings.get(name) for saved in finished):
-            if found != value:
+    for saved in finished:
+        for name, value in settings.items():
+            if (found := saved.settings.get(name)) != value:
                 was = f"{folder}: its run has {name} {data.plain(repr(found))}, not {value!r}"
                 raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
 
@@ -709,27 +707,23 @@ class Record:
     """How training goes, on the screen and in log.jsonl, and how long each stage took.
 
     first: the log's first line. finished: the stages (`Saved`) that the run goes on from; if there are none, `folder` loses
-    the files of an earlier run, but for the file `keep`. lines: how many a stage shows and logs. The folder is this
-    record's alone for as long as there is one.
+    `outdated`, the files of an earlier run. lines: how many a stage shows and logs. The folder is this record's alone for
+    as long as there is one.
     """
 
-    def __init__(self, folder, first, finished=(), keep=None, lines=20):
-        self.folder, self.lines, self.seconds = folder, lines, dict(finished[-1].seconds) if finished else {"stage 1": 0.0}
-        if rank() > 0:
-            return
+    def __init__(self, folder, first, finished=(), outdated=(), lines=20):
+        self.folder, self.lines = folder, lines
+        self.seconds = dict(finished[-1].seconds) if finished else {"stage 1": 0.0}
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115, the lock on it lasts as long as it
-        data.lock(self.file, folder)
-        if not finished:
-            self.file.truncate(0)
-            for name in RUN_FILES[1:]:
-                if not keep or (folder / name).resolve() != Path(keep).resolve():
-                    (folder / name).unlink(missing_ok=True)
-        self.log(first)
-
-    def log(self, line):
+        # The lock on the file lasts as long as it is open. Only the first process has a log.
+        self.log = open(os.devnull if rank() else folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if rank() == 0:
-            print(json.dumps(line), file=self.file, flush=True)
+            data.lock(self.log, folder)
+        if rank() == 0 and not finished:
+            self.log.truncate(0)
+            for name in outdated:
+                (folder / name).unlink(missing_ok=True)
+        print(json.dumps(first), file=self.log, flush=True)
 
     def start(self, stage, steps, examples):
         """A stage of so many steps begins; examples: in a step, on average."""
@@ -750,7 +744,8 @@ class Record:
         halting = dict(zip(("price", "mean_h"), halting))
         seconds = self.seconds[self.stage] = time.perf_counter() - self.began
         speed, minutes = step * self.examples / seconds, (self.steps - step) * seconds / step / 60
-        self.log({"stage": self.stage, "step": step, "loss": loss, **halting, "examples_per_second": speed})
+        logged = {"stage": self.stage, "step": step, "loss": loss, **halting, "examples_per_second": speed}
+        print(json.dumps(logged), file=self.log, flush=True)
         line = f"{self.stage} {step:>6}/{self.steps}  loss {loss:.4f}"
         line += "".join(f"  {name} {value:.4f}" for name, value in halting.items())
         line += f"{speed:>8.0f}/s {minutes:>5.1f} min left"
@@ -840,22 +835,22 @@ def load_run(path, stage=2, task=None):
     saved = bert.load_pickle(path)
     with data.reading(path, "it is no model of a run; name another file"):
         state, version = saved["state"], saved.get("version")
-        if type(version) is int and version == VERSION:
-            about, tokenizer = json.loads(saved["about"]), Tokenizer.from_str(saved["tokenizer"])
-            for key, kind in KINDS.items():
-                if type(about[key]) is not kind:
-                    raise TypeError(f"{key} is no {kind.__name__}")
-            if not all(type(time) is float and 0 <= time < 1e9 for time in about["seconds"].values()):
-                raise ValueError("seconds that no training takes")
-        else:
+        if type(version) is not int or version != VERSION:
             raise InputError(f"{path}: written by another version of dact-bert; train again")
-    task, config, max_tokens = task or about["task"], bert.BertConfig.from_dict(about["config"], str(path)), about["max_tokens"]
+        about, tokenizer = json.loads(saved["about"]), Tokenizer.from_str(saved["tokenizer"])
+        for key, kind in KINDS.items():
+            if type(about[key]) is not kind:
+                raise TypeError(f"{key} is no {kind.__name__}")
+        if not all(type(time) is float and 0 <= time < 1e9 for time in about["seconds"].values()):
+            raise ValueError("seconds that no training takes")
+        config, max_tokens = bert.BertConfig.from_dict(about["config"], path), about["max_tokens"]
+        if not 8 <= max_tokens <= config.max_tokens:
+            raise ValueError(f"max_tokens is {max_tokens}")
+    bert.check_tokenizer(tokenizer, config, path)
+    task = task or about["task"]
     if (about["task"], about["stage"]) != (task, stage):
         found, wanted = data.plain(about["task"]), f"expected stage {stage} on {task!r}"
         raise InputError(f"{path}: stage {about['stage']} of a run on {found!r}, {wanted}; name another one")
-    bert.check_tokenizer(tokenizer, config, path)
-    if not 8 <= max_tokens <= config.max_tokens:
-        raise InputError(f"{path}: max_tokens is {max_tokens}, for {config.max_tokens} positions; name another run")
     num_classes = len(data.find_task(task).labels)
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         model = bert.Bert(config)
