@@ -72,25 +72,22 @@ def run(args, splits=None):
     args.device, args.precision, why = pick_hardware(args.precision)
     check_folder(args)
     finished = finished_stages(args)  # before an interruption: none, stage 1, or both
-    torch.manual_seed(args.seed)
     start = finished[0] if finished else starting_model(args)
     if start.name == SCRATCH:
         torch.set_num_threads(1)  # CHOICE: so small a model is no faster on more, and so it rounds alike on any machine
     splits = splits or data.load_task(args.task, args.data)
     train_set, dev_set = (start.dataset(split) for split in splits)
-    settings = settings_of(args, splits)
-    check_settings(finished, settings, args.out)
-    print(f"device     {args.device}, {args.precision} ({why})" + f", {num_processes()} processes" * (num_processes() > 1))
+    settings = settings_of(args, splits, finished)
+    print(f"device     {args.device}, {args.precision} ({why})")
     print(f"model      {start.name}, {sum(p.numel() for p in start.model.parameters()) / 1e6:.1f} M parameters")
     print(f"task       {args.task}, {len(train_set)} training and {len(dev_set)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in VERSIONS.items()))
-    outdated = RUN_FILES[1:] if args.stage1 is None else RUN_FILES[2:]  # else a copy of args.stage1 replaces stage1.pt
-    record = Record(args.out, {"settings": settings}, finished, outdated)
+    record = Record(args.out, {"settings": settings}, finished, keep_stage1=args.stage1 is not None)
 
     stage1 = start.model.to(args.device)
     if not finished:
         if args.stage1 is None:
-            fit("stage 1", stage1.train(), stage1_loss, train_set, args, record)
+            fit("stage 1", stage1, stage1_loss, train_set, args, record)
         save_model(args.out / "stage1.pt", start._replace(settings=settings, seconds=record.seconds))
 
     torch.manual_seed(args.seed)  # stage 2 is the same whether stage 1 ran before it or was read from a file
@@ -99,8 +96,7 @@ def run(args, splits=None):
     else:
         adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
         without_dropout(adaptive.backbone)
-        loss_of = partial(stage2_loss, tau=args.tau, head_loss=args.head_loss)
-        fit("stage 2", adaptive.train(), loss_of, train_set, args, record)
+        fit("stage 2", adaptive, partial(stage2_loss, tau=args.tau, head_loss=args.head_loss), train_set, args, record)
         # CHOICE: 20,000 examples at most. Their vectors, 4 N D bytes each, fit into memory, and halting learns on them.
         learn_halting(adaptive, args.tau, Vectors(adaptive.backbone, train_set, args, most=20_000), args, record)
         save_model(args.out / "dact.pt", start._replace(model=adaptive, settings=settings, seconds=record.seconds))
@@ -111,7 +107,8 @@ def run(args, splits=None):
 
 
 def starting_model(args):
-    """What training starts from, as a `Saved`: the model of --stage1's file, pretrained weights, or the toy task's tiny BERT."""
+    """What training starts from, as a `Saved`: the model in --stage1, pretrained weights, or the toy's tiny BERT."""
+    torch.manual_seed(args.seed)
     num_classes = len(data.find_task(args.task).labels)
     if args.stage1 is not None:
         start = load_run(args.stage1, 1, args.task)
@@ -119,8 +116,9 @@ def starting_model(args):
             raise InputError(f"{args.stage1} was trained from {start.name}, not from {args.model}; leave --model out")
         return start._replace(max_tokens=min(args.max_tokens, start.config.max_tokens))
     if args.task == "toy" and args.model is None:
-        model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes)).apply(bert.init_weights)
         name, tokenizer = SCRATCH, bert.wordpiece_tokenizer(TOY_VOCAB)
+        model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
+        model.apply(bert.init_weights)
     else:
         name = args.model or "bert-base-uncased"
         model, tokenizer = bert.load_pretrained(name, num_classes)
@@ -170,7 +168,8 @@ def fit(stage, model, loss_of, train_set, args, record):
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model  # the same weights, shared gradients
     while step < steps:
-        for indices in data.training_batches(train_set.lengths, args.batch, (args.seed, step // per_epoch))[: steps - step]:
+        batches = data.training_batches(train_set.lengths, args.batch, (args.seed, step // per_epoch))
+        for indices in batches[: steps - step]:
             step += 1
             inputs, labels, weight = my_rows(train_set, indices, args.device)
             for group in optimizer.param_groups:
@@ -188,7 +187,7 @@ def fit(stage, model, loss_of, train_set, args, record):
 
 
 def parameter_groups(model, args):
-    """For AdamW: decay on matrices only, and a learning rate of its own for what sits on the backbone of a `DactBert`."""
+    """For AdamW: decay on matrices only, and a learning rate of its own for what sits on a `DactBert`'s backbone."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -208,9 +207,9 @@ def learn_halting(model, tau, vectors, args, record):
 
     vectors: `Vectors` of its backbone over the training set. All else of its heads is frozen, and stays so.
     """
-    # CHOICE: while the answers still change, halting follows them badly: it settles on one or two blocks for all inputs.
-    # Learned anew with everything else as it is now, it depends on the input. On vectors that are computed once this
-    # takes seconds, so it has three times the epochs.
+    # CHOICE: while the answers still change, halting follows them badly: it settles on one or two blocks for all
+    # inputs. Learned anew with everything else as it is now, it depends on the input. On vectors that are computed once
+    # this takes seconds, so it has three times the epochs.
     args = argparse.Namespace(**vars(args) | {"epochs": 3 * args.epochs})
     alone = over_vectors(model.eval())  # eval: the scale on which the heads read stays as it is
     torch.manual_seed(args.seed)
@@ -222,7 +221,7 @@ def learn_halting(model, tau, vectors, args, record):
 
 
 class Vectors:
-    """[CLS] vectors after every block, computed once, for heads that learn on a backbone that does not. As `fit` reads them.
+    """[CLS] vectors after every block, computed once: a dataset for heads that learn on a backbone that does not.
 
     most: examples that are taken, by default all; each needs 4 N D bytes of memory.
     """
@@ -285,17 +284,17 @@ def evaluate(stage1, adaptive, train_set, dev, args):
         "untrained": partial(untrained.early_exit, rule=dact.RULES[args.rule]),
     }
     predictions = {name: predict(variant, dev, args) for name, variant in variants.items()}
-    found = {name: scores(p.labels, dev.labels, task) | blocks_used(p.exit_block, N) for name, p in predictions.items()}
+    found = {name: scores(p.label, dev.labels, task) | blocks_used(p.exit_block, N) for name, p in predictions.items()}
     y, h = outputs(adaptive, dev, args)
     winner = dact.accumulate_all(y, h)[0][-1].argmax(-1)
     for rule in dact.RULES:
-        found[rule]["same_as_all_blocks"] = (predictions[rule].labels == winner).sum().item()
+        found[rule]["same_as_all_blocks"] = (predictions[rule].label == winner).sum().item()
         found[rule]["by_chance"] = by_chance(y.argmax(-1), predictions[rule].exit_block, dev.labels, task)
     majority = torch.full_like(dev.labels, train_set.labels.mode().values.item())
     timed = {"dev_full": variants["stage 1"], "dev_early_exit": variants[args.rule]}
     return {
         "majority": scores(majority, dev.labels, task),
-        "full": scores(predictions["stage 1"].labels, dev.labels, task),
+        "full": scores(predictions["stage 1"].label, dev.labels, task),
         "dact": found[args.rule], "rules": {rule: found[rule] for rule in dact.RULES}, "control": found["untrained"],
         "groups": by_group(predictions["stage 1"], predictions[args.rule], dev, task),
         "examples": len(dev), "seconds": seconds_of(timed, dev, args),
@@ -308,22 +307,9 @@ def all_blocks(scores, N):
     return dact.Halted(label, scores, torch.full_like(label, N))
 
 
-class Predictions(NamedTuple):
-    """What a model answers on n examples."""
-
-    labels: torch.Tensor  # (n,) int64, predicted classes
-    exit_block: torch.Tensor  # (n,) int64, from 1
-
-
 def predict(variant, dataset, args):
-    """The `Predictions` of a function inputs -> `Halted` on a dataset."""
-
-    def labels_and_exits(*inputs):
-        halted = variant(*inputs)
-        return torch.stack([halted.label, halted.exit_block])  # (2, B)
-
-    (found,) = outputs(labels_and_exits, dataset, args)
-    return Predictions(*found)
+    """What a function inputs -> `Halted` answers on a whole dataset: one `Halted`, on the CPU."""
+    return dact.Halted(*outputs(variant, dataset, args, dim=0))
 
 
 @torch.no_grad()
@@ -346,10 +332,10 @@ def seconds_of(variants, dataset, args):
 
 
 @torch.no_grad()
-def outputs(model, dataset, args):
+def outputs(model, dataset, args, dim=1):
     """What a model gives of every block for every example: (N, n, ...) on the CPU, one tensor for each of its outputs.
 
-    Processes share the work, and all get all of it.
+    dim: where the examples stand in them. Processes share the work, and all get all of it.
     """
     found = []
     with autocast(args):
@@ -359,7 +345,7 @@ def outputs(model, dataset, args):
             found.append((torch.as_tensor(indices), *(part.cpu() for part in parts)))
     order, *columns = zip(*sum(gather(found), []))
     back = torch.cat(order).argsort()
-    return [torch.cat(column, 1)[:, back] for column in columns]
+    return [torch.cat(column, dim).index_select(dim, back) for column in columns]
 
 
 def scores(predicted, labels, task):
@@ -368,16 +354,16 @@ def scores(predicted, labels, task):
 
 
 def blocks_used(exit_block, N):
-    """What halting saved, from exit blocks (n,): percent of blocks, mean exit block, and how many left after each block."""
+    """What halting saved, from exit blocks (n,): percent of blocks, mean exit block, how many left after each block."""
     mean, histogram = exit_block.double().mean().item(), torch.bincount(exit_block, minlength=N + 1)[1:].tolist()
     return {"saved": 100 * (1 - mean / N), "mean_blocks": mean, "exit_histogram": histogram}
 
 
 def by_chance(answers, exit_block, labels, task, deals=200):
-    """`scores` if chance dealt the same exits out among the examples; what is beyond them, the choice of who leaves won.
+    """`scores` if chance dealt the same exits out among the examples; the choice of who leaves won what is beyond them.
 
-    answers (N, n): the class that each block's y_n gives (not a_n, which holds what h made of the example before); exit_block
-    (n,), from 1. The mean of so many deals.
+    answers (N, n): the class that each block's y_n gives (not a_n, which holds what h made of the example before);
+    exit_block (n,), from 1. The mean of so many deals.
     """
     generator, n = torch.Generator().manual_seed(0), len(exit_block)
     dealt = [exit_block[torch.randperm(n, generator=generator)] for _ in range(deals)]
@@ -392,8 +378,8 @@ def by_group(full, early, dev, task):
         of_group = torch.tensor([group == name for group in dev.groups])
         groups[name] = {
             "examples": of_group.sum().item(),
-            "full": scores(full.labels[of_group], dev.labels[of_group], task),
-            "dact": scores(early.labels[of_group], dev.labels[of_group], task),
+            "full": scores(full.label[of_group], dev.labels[of_group], task),
+            "dact": scores(early.label[of_group], dev.labels[of_group], task),
             "mean_blocks": early.exit_block[of_group].double().mean().item(),
         }
     return groups
@@ -439,10 +425,10 @@ def explain(args):
     inputs = saved.encode([texts[0] if wanted == 1 else tuple(texts)])
     tokens = [saved.tokenizer.id_to_token(i) for i in inputs[0][0].tolist()]
     print("tokens: " + " ".join(tokens))
-    unknown, frame = tokens.count("[UNK]"), len(saved.tokenizer.encode("", "" if wanted > 1 else None).ids)
+    unknown, words = tokens.count("[UNK]"), len(tokens) - saved.tokenizer.num_special_tokens_to_add(wanted > 1)
     if unknown:
-        print(f"[UNK]: {unknown} of {len(tokens) - frame} words that this vocabulary does not have")
-    if unknown + frame == len(tokens):
+        print(f"[UNK]: {unknown} of {words} words that this vocabulary does not have")
+    if unknown == words:
         raise InputError("no word of this text is in the model's vocabulary, so it has no answer; try other words")
     print_equations(*saved.model.eval()(*inputs), data.TASKS[args.task].labels)
 
@@ -478,16 +464,17 @@ def submit(args):
     saved = load_run(args.out / "dact.pt", 2, args.task)  # before anything is downloaded
     examples, model = data.load_test(args.task, args.data), saved.model.to(args.device).eval()
     test = saved.dataset(examples)
-    labels, exit_block = predict(partial(model.early_exit, rule=dact.RULES[args.rule]), test, args)
+    halted = predict(partial(model.early_exit, rule=dact.RULES[args.rule]), test, args)
     folder, words = Path(args.submit), data.TASKS[args.task].labels
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(examples.groups):
-        rows = [words[i] for i, group in zip(labels.tolist(), examples.groups) if group == name]
+        rows = [words[i] for i, group in zip(halted.label.tolist(), examples.groups) if group == name]
         text = "index\tprediction\n" + "".join(f"{i}\t{word}\n" for i, word in enumerate(rows))
         write_whole(folder / f"{name}.tsv", text.encode())
         print(f"saved      {folder / name}.tsv, {len(rows)} predictions")
-    print("GLUE's server takes one zip with a file for each task, also STS-B.tsv: any number from 0 to 5 for its 1379 lines")
-    print(f"mean block {exit_block.double().mean().item():.2f} of {len(model.backbone.blocks)} ({RULE_NAMES[args.rule]})")
+    print("GLUE's server takes one zip with a file for each task, also STS-B.tsv: 1379 times any number from 0 to 5")
+    mean = halted.exit_block.double().mean().item()
+    print(f"mean block {mean:.2f} of {len(model.backbone.blocks)} ({RULE_NAMES[args.rule]})")
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -532,17 +519,17 @@ def parse_arguments(argv):
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
     add("--submit", metavar="FOLDER", help="write the test predictions of a finished run (--out) as GLUE takes them")
     add = parser.add_argument_group("the paper's settings").add_argument
-    add("--tau", type=number(*RANGES["tau"]),
-        help="price of a block in equation (3), in nats (default: 0.035; toy: 0.05; the paper's: 5e-3)")  # fmt: skip
+    tau = "price of a block in equation (3), in nats (default: 0.035; toy: 0.05; the paper's: 5e-3)"
+    add("--tau", type=number(*RANGES["tau"]), help=tau)
     add("--epochs", type=number(*RANGES["epochs"]), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
-    add("--max-tokens", type=number(*RANGES["max_tokens"]), default=128, help="longer inputs are cut (default: 128, DeeBERT's)")
+    add("--max-tokens", type=number(*RANGES["max_tokens"]), default=128, help="longer inputs are cut (default: 128)")
     add = parser.add_argument_group("our settings").add_argument
-    add("--rule", choices=dact.RULES, default="paper", help="halting rule that answers: (4), or our exact one (default: paper)")
+    add("--rule", choices=dact.RULES, default="paper", help="rule that answers: (4), or our exact one (default: paper)")
     add("--batch", type=number(*RANGES["batch"]), help="sequences in a batch (default: 32; toy: 64)")
     add("--lr", type=number(*RANGES["lr"]), help="peak learning rate of all but the heads (default: 5e-5; toy: 4e-4)")
     add("--head-lr", type=number(*RANGES["head_lr"]), default=1e-3, help="that of the DACT heads (default: 1e-3)")
-    add("--head-loss", type=number(*RANGES["head_loss"]),
-        help="weight of every head's own loss in stage 2, beside (3) (default: 1; toy: 0.3; the paper's: 0)")  # fmt: skip
+    head_loss = "weight of every head's own loss in stage 2, beside (3) (default: 1; toy: 0.3; the paper's: 0)"
+    add("--head-loss", type=number(*RANGES["head_loss"]), help=head_loss)
     args = parser.parse_args(argv)
     args.task = {"sst2": "sst-2"}.get(args.task.lower(), args.task.lower())  # GLUE itself writes CoLA, SST2, SST-2
     scratch = args.task == "toy" and args.model is None
@@ -576,20 +563,19 @@ def pick_hardware(asked=None):
     asked: "float32", "bfloat16" or None. Under torchrun the processes meet first, for each has its own GPU.
     """
     join_processes()
-    cuda, flags = torch.cuda.is_available(), set()
+    cuda, cpu_flags = torch.cuda.is_available(), Path("/proc/cpuinfo")
     # The processes of torchrun cannot exchange gradients from mps.
     mps = torch.backends.mps.is_available() and not dist.is_initialized()
     device = torch.device("cuda" if cuda else "mps" if mps else "cpu")
     if cuda:
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            flags = {"bfloat16"}
-    elif device.type == "cpu" and Path("/proc/cpuinfo").is_file():
-        flags = set(Path("/proc/cpuinfo").read_text().split()) & {"amx_bf16", "avx512_bf16"}
     if asked:
         return device, asked, "asked for"
-    if flags:
-        return device, "bfloat16", f"the {'GPU' if cuda else 'CPU'} has {min(flags)}"
+    if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return device, "bfloat16", "the GPU has it"
+    if device.type == "cpu" and cpu_flags.is_file():
+        if found := {"amx_bf16", "avx512_bf16"} & set(cpu_flags.read_text().split()):
+            return device, "bfloat16", f"the CPU has {min(found)}"
     return device, "float32", "no native bfloat16 known on it"
 
 
@@ -618,6 +604,7 @@ def join_processes():
     dist.init_process_group()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+    print(f"started    {num_processes()} processes")
 
 
 def rank():
@@ -661,15 +648,24 @@ VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "to
 RUN_FILES = ("log.jsonl", "stage1.pt", "dact.pt", "metrics.json")
 
 
-def settings_of(args, splits):
-    """What decides the numbers of a run, as its files keep it: only a run of the same settings goes on with them."""
+def settings_of(args, splits, finished):
+    """What decides the numbers of a run, as its files keep it.
+
+    Raises InputError unless the stages (`Saved`) that it goes on from have the same.
+    """
     names = "task model stage1 epochs batch max_tokens lr head_lr tau head_loss seed precision".split()
     sums = [zlib.crc32(repr((split.texts, split.labels)).encode()) for split in splits]
-    return {name: getattr(args, name) for name in names} | {"processes": num_processes(), "data": sums}
+    settings = {name: getattr(args, name) for name in names} | {"processes": num_processes(), "data": sums}
+    for saved in finished:
+        for name, value in settings.items():
+            if (found := saved.settings.get(name)) != value:
+                was = f"{args.out}: its run has {name} {data.plain(repr(found))}, not {value!r}"
+                raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
+    return settings
 
 
 def check_folder(args):
-    """Raise InputError if args.out holds a run, unless it is unfinished and --resume is given, or is to be overwritten."""
+    """Raise InputError if args.out holds a run, unless --resume goes on with it or --overwrite gives it up."""
     held = [name for name in RUN_FILES if (args.out / name).exists()]
     if not held or (args.overwrite and not args.resume):
         return
@@ -694,24 +690,15 @@ def finished_stages(args):
     return finished
 
 
-def check_settings(finished, settings, folder):
-    """Raise InputError unless the stages (`Saved`) that a run goes on from have its own settings."""
-    for saved in finished:
-        for name, value in settings.items():
-            if (found := saved.settings.get(name)) != value:
-                was = f"{folder}: its run has {name} {data.plain(repr(found))}, not {value!r}"
-                raise InputError(f"{was}; ask for the same, choose another --out, or add --overwrite without --resume")
-
-
 class Record:
     """How training goes, on the screen and in log.jsonl, and how long each stage took.
 
-    first: the log's first line. finished: the stages (`Saved`) that the run goes on from; if there are none, `folder` loses
-    `outdated`, the files of an earlier run. lines: how many a stage shows and logs. The folder is this record's alone for
-    as long as there is one.
+    first: the log's first line. finished: the stages (`Saved`) that the run goes on from; if there are none, `folder`
+    loses the files of an earlier run, but for stage1.pt if keep_stage1: the run replaces it, perhaps by its own copy.
+    lines: how many a stage shows and logs. The folder is this record's alone for as long as there is one.
     """
 
-    def __init__(self, folder, first, finished=(), outdated=(), lines=20):
+    def __init__(self, folder, first, finished=(), keep_stage1=False, lines=20):
         self.folder, self.lines = folder, lines
         self.seconds = dict(finished[-1].seconds) if finished else {"stage 1": 0.0}
         folder.mkdir(parents=True, exist_ok=True)
@@ -721,7 +708,7 @@ class Record:
             data.lock(self.log, folder)
         if rank() == 0 and not finished:
             self.log.truncate(0)
-            for name in outdated:
+            for name in RUN_FILES[2 if keep_stage1 else 1 :]:
                 (folder / name).unlink(missing_ok=True)
         print(json.dumps(first), file=self.log, flush=True)
 
@@ -730,12 +717,12 @@ class Record:
         self.stage, self.steps, self.examples, self.rows, self.began = stage, steps, examples, [], time.perf_counter()
 
     def add(self, step, row):
-        """What a step gave, (loss, gradient's norm) or (loss, price, mean h, norm): a tensor that stays on the device."""
+        """row: what a step gave, (loss, gradient's norm) or (loss, price, mean h, norm), a tensor on the device."""
         self.rows.append(row)  # to read it now would make the device wait
         if step % max(1, self.steps // self.lines) and step < self.steps:
             return
         rows, self.rows = torch.stack(gather(torch.stack(self.rows).cpu())).mean(0), []
-        for row, number in zip(rows.tolist(), range(step - len(rows) + 1, step + 1)):
+        for number, row in enumerate(rows.tolist(), start=step - len(rows) + 1):
             for what, value in (("loss", row[0]), ("norm of the gradient", row[-1])):
                 if not math.isfinite(value):
                     what = f"{self.stage}: the {what} is {value} at step {number}"
@@ -749,7 +736,8 @@ class Record:
         line = f"{self.stage} {step:>6}/{self.steps}  loss {loss:.4f}"
         line += "".join(f"  {name} {value:.4f}" for name, value in halting.items())
         line += f"{speed:>8.0f}/s {minutes:>5.1f} min left"
-        print(line, end="\r" if sys.stdout.isatty() and step < self.steps else "\n", flush=True)  # overwritten on a terminal
+        overwritten = sys.stdout.isatty() and step < self.steps
+        print(line, end="\r" if overwritten else "\n", flush=True)
 
     def finish(self, results):
         """Write metrics.json; the other processes go."""
@@ -762,7 +750,7 @@ class Record:
 
 
 def write_whole(path, content):
-    """Write bytes beside `path` and rename, in the first process: `path` is never half written, and outlives a loss of power."""
+    """In the first process, write bytes beside `path` and rename: never half a file, and safe from a loss of power."""
     if rank() > 0:
         return
     part = Path(f"{path}.part")
@@ -777,7 +765,8 @@ def write_whole(path, content):
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); free some space and go on (train.py: add --resume)") from None
+        advice = "free some space and go on (train.py: add --resume)"
+        raise InputError(f"cannot write {path} ({error.strerror}); {advice}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -866,9 +855,10 @@ def load_run(path, stage=2, task=None):
 
 
 def check_state(state):
-    """Raise ValueError unless a state dict holds plain finite float32 tensors; load_state_dict looks at names and shapes."""
+    """Raise ValueError unless all tensors are plain, finite float32; load_state_dict looks at names and shapes."""
     for name, tensor in state.items():
-        if tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+        kind = tensor.dtype, tensor.layout, tensor.is_meta
+        if kind != (torch.float32, torch.strided, False) or not tensor.is_contiguous():
             raise ValueError(f"{name} is no plain float32 tensor")
         if not bert.all_finite(tensor):
             raise ValueError(f"{name} holds a number that is not finite")

@@ -410,7 +410,6 @@ def first_blocks(run, k):
     """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned with the run's settings."""
     args = copy.copy(run.args)
     args.model = None if args.model == train.SCRATCH else args.model
-    torch.manual_seed(args.seed)
     model = train.starting_model(args).model
     model.bert.blocks = model.bert.blocks[:k]
     model.bert.config = replace(model.bert.config, num_hidden_layers=k)

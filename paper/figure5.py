@@ -40,9 +40,9 @@ def measure(run, thresholds):
         variants[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
     N, exits, scores, groups = len(run.dact.backbone.blocks), {}, {}, {}
     predictions = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
-    for name, (labels, exit_block) in predictions.items():
-        exits[name] = train.blocks_used(exit_block, N)["exit_histogram"]
-        scores[name] = train.scores(labels, run.dev.labels, run.args.task)
+    for name, halted in predictions.items():
+        exits[name] = train.blocks_used(halted.exit_block, N)["exit_histogram"]
+        scores[name] = train.scores(halted.label, run.dev.labels, run.args.task)
     exit_block = predictions["DACT, rule (4)"].exit_block
     for group in dict.fromkeys(run.dev.groups):
         of_group = exit_block[[name == group for name in run.dev.groups]]

@@ -47,9 +47,9 @@ def report(run, variants, learned):
     for name, thresholds in learned.items():
         print(f"{name:<28}" + " ".join(f"{S:6.3f}" for S in thresholds))
     for name, variant in variants.items():
-        labels, exit_block = train.predict(variant, run.dev, run.args)
-        scores = train.scores(labels, run.dev.labels, run.args.task)
-        saved = train.blocks_used(exit_block, len(run.dact.backbone.blocks))["saved"]
+        halted = train.predict(variant, run.dev, run.args)
+        scores = train.scores(halted.label, run.dev.labels, run.args.task)
+        saved = train.blocks_used(halted.exit_block, len(run.dact.backbone.blocks))["saved"]
         print(
             f"{name:<28}" + "".join(f"  {metric} {x:5.1f}%" for metric, x in scores.items()) + f"  saved {saved:5.1f}%"
         )

@@ -57,7 +57,7 @@ def last_block_reached(run):
 
 def changes(before, after, K):
     """How many examples went past block K, how many of them changed their label, and how many of the others did."""
-    went_past, changed = before.exit_block > K, before.labels != after.labels
+    went_past, changed = before.exit_block > K, before.label != after.label
     return went_past.sum().item(), (changed & went_past).sum().item(), (changed & ~went_past).sum().item()
 
 
@@ -70,7 +70,7 @@ def report(run, models, files, predictions, seconds):
         N, found = len(model.backbone.blocks), predictions[name]
         row = f"{name:<10}{N:>6}{sum(p.numel() for p in model.parameters()):>13,}{sizes[name]:>14,}"
         row += f"{train.blocks_used(found.exit_block, N)['mean_blocks']:>13.2f}{seconds[name]:>10.2f}"
-        scores = train.scores(found.labels, run.dev.labels, run.args.task)
+        scores = train.scores(found.label, run.dev.labels, run.args.task)
         print(row + "".join(f"{value:>9.1f}%" for value in scores.values()))
     bytes_saved, before = 100 * (1 - sizes["pruned"] / sizes["unpruned"]), seconds["unpruned"]
     print(f"saved      {bytes_saved:.1f} % of the bytes, {before - seconds['pruned']:.2f} s of {before:.2f} s")

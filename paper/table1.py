@@ -302,7 +302,8 @@ FIRST = "first k blocks"
 def whole(run, model, k=None):
     """`point` of a `BertClassifier` that runs k blocks, by default all, on every example."""
     k = k or len(run.dact.backbone.blocks)
-    return point(run, *train.predict(lambda *inputs: train.all_blocks(model(*inputs), k), run.dev, run.args))
+    halted = train.predict(lambda *inputs: train.all_blocks(model(*inputs), k), run.dev, run.args)
+    return point(run, halted.label, halted.exit_block)
 
 
 def point(run, labels, exit_block):

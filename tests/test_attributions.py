@@ -286,7 +286,7 @@ def test_figure3_leaves_a_page_and_a_picture(toy_run, capsys):
     chosen = [int(i) for i in re.findall(r"Dev example (\d+)", text)]
     run = baselines.open_run(toy_run)
     predictions = train.predict(run.dact.early_exit, run.dev, run.args)
-    right = (predictions.labels == run.dev.labels).nonzero().flatten().tolist()
+    right = (predictions.label == run.dev.labels).nonzero().flatten().tolist()
     assert len(chosen) == 2 and set(chosen) <= set(right) and chosen == sorted(chosen)
     for i in chosen:
         shown = " ".join(attributions.words_of(run, i))

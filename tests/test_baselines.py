@@ -300,7 +300,7 @@ def test_batched_exit_is_the_exit_of_each_alone(run, rule):
     exits, answers = exits_of(run, rule)
     (logits,) = train.outputs(exits, run.dev, run.args)
     labels, exit_block = baselines.simulate(logits, rule)
-    assert torch.equal(exit_block, answers.exit_block) and torch.equal(labels, answers.labels)
+    assert torch.equal(exit_block, answers.exit_block) and torch.equal(labels, answers.label)
     assert len(exit_block.unique()) > 2
     for i in range(20):
         state = ()
@@ -348,7 +348,7 @@ def test_deebert_is_a_case_of_dact(run, S):
     )
     adaptive = train.predict(model.early_exit, run.dev, run.args)
     assert len(deebert.exit_block.unique()) > 2
-    assert torch.equal(adaptive.exit_block, deebert.exit_block) and torch.equal(adaptive.labels, deebert.labels)
+    assert torch.equal(adaptive.exit_block, deebert.exit_block) and torch.equal(adaptive.label, deebert.label)
 
 
 def test_dact_by_entropy(run):
@@ -358,7 +358,7 @@ def test_dact_by_entropy(run):
     by_entropy = baselines.entropy_dact(model, baselines.answers_of(model), True, S, weight=1e4)
     answers = train.predict(by_entropy.early_exit, run.dev, run.args)
     labels, exit_block = baselines.simulate(y.log(), partial(baselines.entropy_rule, S=S))
-    assert torch.equal(answers.exit_block, exit_block) and torch.equal(answers.labels, labels)
+    assert torch.equal(answers.exit_block, exit_block) and torch.equal(answers.label, labels)
     found = baselines.simulate_dact(y, (1e4 * (-(y * y.log()).sum(-1) - S)).sigmoid())
     assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
 
@@ -377,7 +377,7 @@ def test_dact_at_another_price(run):
         logits, z = baselines.logits_of(again, dev, run.args)
         y = logits.softmax(-1)
         labels, exit_block = baselines.simulate_dact(y, z.sigmoid())
-        assert torch.equal(labels, predictions.labels)
+        assert torch.equal(labels, predictions.label)
         assert (exit_block == predictions.exit_block).double().mean() > 0.97  # a sum of floats may decide otherwise
         torch.testing.assert_close([y, z.sigmoid()], train.outputs(again, run.dev, run.args), atol=1e-4, rtol=1e-3)
         exits.append(predictions.exit_block.double().mean().item())

@@ -211,7 +211,7 @@ def test_a_pruned_model_answers_with_the_winner_of_a_K(run, rule):
     for K in range(1, 7):
         variants = pruning.variants_of(run, {"whole": run.dact, "pruned": pruning.prune(run.dact, K)})
         answers = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
-        assert torch.equal(answers["pruned"].labels, a[K - 1].argmax(-1))
+        assert torch.equal(answers["pruned"].label, a[K - 1].argmax(-1))
         assert (answers["pruned"].exit_block <= answers["whole"].exit_block.clamp(max=K)).all()
         past, lost, others = pruning.changes(answers["whole"], answers["pruned"], K)
         assert past == (answers["whole"].exit_block > K).sum() and others == 0
@@ -236,7 +236,7 @@ def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path)
     assert len(small.backbone.blocks) == len(small.heads) == 4
     assert path.stat().st_size < 0.8 * (tmp_path / "dact.pt").stat().st_size
     variants = pruning.variants_of(run, {"whole": run.dact, "pruned": small})
-    whole, pruned = (train.predict(variant, run.dev, run.args).labels for variant in variants.values())
+    whole, pruned = (train.predict(variant, run.dev, run.args).label for variant in variants.values())
     assert whole.unique().tolist() == [0, 1] and torch.equal(whole, pruned)
     assert len(run.dact.backbone.blocks) == 6  # the whole model is left as it was
 
@@ -262,8 +262,8 @@ def test_the_last_block_that_an_example_reaches(run):
 
 
 def test_changes_are_counted_apart():
-    before = SimpleNamespace(exit_block=torch.tensor([3, 5, 6, 2, 6]), labels=torch.tensor([0, 1, 1, 0, 1]))
-    after = SimpleNamespace(exit_block=torch.tensor([3, 4, 4, 2, 4]), labels=torch.tensor([0, 1, 0, 1, 0]))
+    before = SimpleNamespace(exit_block=torch.tensor([3, 5, 6, 2, 6]), label=torch.tensor([0, 1, 1, 0, 1]))
+    after = SimpleNamespace(exit_block=torch.tensor([3, 4, 4, 2, 4]), label=torch.tensor([0, 1, 0, 1, 0]))
     assert pruning.changes(before, after, 4) == (3, 2, 1)  # 5, 6 and 6 went past; two of them changed, and the 2 did
 
 
