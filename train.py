@@ -734,7 +734,7 @@ class Record:
         logged = {"stage": self.stage, "step": step, "loss": loss, **halting, "examples_per_second": speed}
         print(json.dumps(logged), file=self.log, flush=True)
         line = f"{self.stage} {step:>6}/{self.steps}  loss {loss:.4f}"
-        line += "".join(f"  {name} {value:.4f}" for name, value in halting.items())
+        line += "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in halting.items())
         line += f"{speed:>8.0f}/s {minutes:>5.1f} min left"
         overwritten = sys.stdout.isatty() and step < self.steps
         print(line, end="\r" if overwritten else "\n", flush=True)
@@ -830,16 +830,19 @@ def load_run(path, stage=2, task=None):
         for key, kind in KINDS.items():
             if type(about[key]) is not kind:
                 raise TypeError(f"{key} is no {kind.__name__}")
-        if not all(type(time) is float and 0 <= time < 1e9 for time in about["seconds"].values()):
-            raise ValueError("seconds that no training takes")
+        for stage_name, time_taken in about["seconds"].items():
+            if stage_name not in ("stage 1", "stage 2", "halting") or not 0 <= float(time_taken) < 1e9:
+                raise ValueError("seconds of no training")
         config, max_tokens = bert.BertConfig.from_dict(about["config"], path), about["max_tokens"]
         if not 8 <= max_tokens <= config.max_tokens:
-            raise ValueError(f"max_tokens is {max_tokens}")
+            raise ValueError(f"max_tokens is {data.plain(max_tokens)}")
     bert.check_tokenizer(tokenizer, config, path)
     task = task or about["task"]
     if (about["task"], about["stage"]) != (task, stage):
         found, wanted = data.plain(about["task"]), f"expected stage {stage} on {task!r}"
-        raise InputError(f"{path}: stage {about['stage']} of a run on {found!r}, {wanted}; name another one")
+        raise InputError(
+            f"{path}: stage {data.plain(about['stage'])} of a run on {found!r}, {wanted}; name another one"
+        )
     num_classes = len(data.find_task(task).labels)
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         model = bert.Bert(config)
