@@ -388,7 +388,8 @@ def read_config(path, files, tensors):
 def check_tokenizer(tokenizer, config, source):
     """Raise InputError unless a tokenizer fits a model; its own padding and truncation are switched off."""
     with reading(source, "give the tokenizer of the weights"):
-        tokenizer.no_padding(), tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         frame, one, pair = tokenizer.encode(""), tokenizer.encode("a"), tokenizer.encode("a", "\u2603 zq")
         # The heads read the first token, and take it for [CLS]
         if len(frame.ids) < 2 or one.ids[0] != frame.ids[0] or len(pair.ids) <= len(one.ids):
@@ -791,16 +792,16 @@ def open_bin(path, file):
     return {name: partial(read, name, tensor) for name, tensor in tensors.items()}
 
 
-def load_pickle(file, source=None):
+def load_pickle(file, source=None, advice="copy or download it again"):
     """What torch.save wrote into a file (a path or a buffer), on the CPU; nothing in it can run code.
 
     Raises InputError, naming `source` (by default the path), for anything else and for a damaged file.
     """
-    with reading(source or file, "it is no file of torch.save, or damaged; copy or download it again"):
+    with reading(source or file, f"it is no file of torch.save, or damaged; {advice}"):
         if zipfile.is_zipfile(file):  # since torch 1.6; torch.load itself looks at no checksum
             with zipfile.ZipFile(file) as zipped:
                 if any(info.file_size != info.compress_size for info in zipped.infolist()) or zipped.testzip():
-                    raise ValueError("damaged")
+                    raise ValueError("a checksum is wrong")
         if isinstance(file, io.BytesIO):
             file.seek(0)
         with warnings.catch_warnings(action="ignore"):  # of formats that are refused, or read all the same

@@ -3,7 +3,7 @@
 After block n a small head reads the block's [CLS] vector and says two things: "my answer is y_n", a distribution over
 the classes, and "I want to go on with probability h_n". The answers are folded into one running answer a_n (1), each
 with the weight that is left to it (2). Training lets all N blocks speak and asks for a right a_N at a low price (3).
-Inference stops after the first block at which no later block can change the winner (4).
+Inference stops after the first block for which (4) says that no later block can change the winner.
 
 This file imports torch alone and never BERT. Any backbone will do that has a `hidden_size`, an embedding step `embed`,
 which takes all inputs but the last, and a list `blocks` of modules called as `block(hidden, mask)`. The last input is
@@ -203,7 +203,7 @@ class DactBert(nn.Module):
         def step(n, cls, state):
             y_n, h_n = self.heads[n - 1](cls)
             a, p = accumulate(y_n, h_n, *state)
-            left, right = rule(a, p, len(self.heads) - n)
+            left, right = rule(a, p, len(self.heads) - n)  # after block N d is 0, and both rules hold
             return a, left >= right, (a, p)
 
         return early_exit(self.backbone, inputs, step)
