@@ -76,7 +76,7 @@ class BertConfig:
             value = values.get(f.name, f.default)
             if value is MISSING:
                 raise InputError(f"{source}: {f.name} is missing; {fitting}")
-            low, high = (0, 1) if f.type is float else (1, 1000) if f.name.startswith("num_") else (1, 2**24)
+            low, high = (0, 1) if f.type is float else (1, 257) if f.name.startswith("num_") else (1, 2**24)
             if f.name in ("pad_token_id", "first_position"):
                 low = 0
             if f.type is not str and not (type(value) in (int, f.type) and low <= value < high):

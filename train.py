@@ -846,7 +846,9 @@ def load_run(path, stage=2, task=None):
             if type(about[key]) is not kind:
                 raise TypeError(f"{key} is no {kind.__name__}")
         for stage_name, time_taken in about["seconds"].items():
-            if stage_name not in ("stage 1", "stage 2", "halting") or not 0 <= float(time_taken) < 1e9:
+            if stage_name not in ("stage 1", "stage 2", "halting") or not (
+                type(time_taken) is float and 0 <= time_taken < 1e9
+            ):
                 raise ValueError("seconds of no training")
         config, max_tokens = bert.BertConfig.from_dict(about["config"], path), about["max_tokens"]
         if not 8 <= max_tokens <= config.max_tokens:
