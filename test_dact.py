@@ -245,7 +245,7 @@ def test_exact_rule_in_float32_is_that_in_float64():
 
 
 def test_the_boxes_of_figure_1():
-    """y_n = softmax(A relu(S x + s) + a), h_n = sigmoid(A' relu(S' x + s') + a'), for x on the scale of the examples."""
+    """y_n = softmax(A relu(S x + s) + a), h_n = sigmoid(A' relu(S' x + s') + a'), for x on their scale."""
     module = dact.DactModule(5, 3).eval()
     nn.init.normal_(module.halt[-1].weight)
     module.scale.mean, module.scale.var = torch.randn(5), torch.rand(5) + 0.5
@@ -273,8 +273,8 @@ class LinearNeuron(dact.DactModule):
 def learned_halting(kind, steps=300):
     """h_1 where block 1 knows the log-odds s of the label, and block 2 the label: for s = -6, -0.5, 0.5, 6.
 
-    Learned by (3), as train.py does: together with the answers, then once more alone. Where |s| = 6 the answer of block 1
-    costs 0.017 nats, less than the price of 0.3 to go on; where it is 0.5, 0.66.
+    Learned by (3), as train.py does: together with the answers, then once more alone. Where |s| = 6 the answer of block
+    1 costs 0.017 nats, less than the price of 0.3 to go on; where it is 0.5, 0.66.
     """
     heads = nn.ModuleList(kind(16, 2) for _ in range(2))
     levels = torch.tensor([-6.0, -0.5, 0.5, 6.0])

@@ -51,7 +51,7 @@ TOY_CONFIG = bert.BertConfig(
     max_position_embeddings=32,
 )
 # (pretrained, toy from scratch): what suits the one does not suit a model that starts from nothing.
-# DIFFERS: tau is 5e-3 nats in the paper; README.md says why not here. CHOICE: the rest, of which the paper says nothing.
+# DIFFERS: tau is 5e-3 nats in the paper; README.md says why not here. CHOICE: the rest.
 DEFAULTS = {"epochs": (3, 16), "batch": (32, 64), "lr": (5e-5, 4e-4), "tau": (0.035, 0.05), "head_loss": (1.0, 0.3)}
 # What a setting may be, by the flags and in a metrics.json: (kind, lowest, highest)
 RANGES = {
@@ -363,8 +363,8 @@ def blocks_used(exit_block, N):
 def by_chance(answers, exit_block, labels, task, deals=200):
     """`scores` if chance dealt the same exits out among the examples; the choice of who leaves won what is beyond them.
 
-    answers (N, n): the class that each block's own y_n gives; a_n would still hold the halting values of its own example.
-    exit_block (n,), from 1. The mean of so many deals.
+    answers (N, n): the class that each block's own y_n gives; a_n would still hold the halting values of its own
+    example. exit_block (n,), from 1. The mean of so many deals.
     """
     generator, n = torch.Generator().manual_seed(0), len(exit_block)
     dealt = [exit_block[torch.randperm(n, generator=generator)] for _ in range(deals)]
@@ -509,24 +509,17 @@ def parse_arguments(argv):
     parser = Parser(description="Fine-tune DACT-BERT in the two stages of the paper. A finished run answers questions.")
     add = parser.add_argument_group("the run").add_argument
     add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
-    add("--model", help="bert-base-uncased (the default, but for the toy, which has a tiny one of its own), bert-small, "
-        "roberta-base, ..., or a folder or zip of yours")  # fmt: skip
+    models = "bert-base-uncased (default), bert-small, roberta-base, ..., a folder or zip of yours; the toy has its own"
+    add("--model", help=models)
     add("--out", help="folder that the run leaves (default: runs/TASK)")
-    add(
-        "--explain",
-        nargs="+",
-        metavar="TEXT",
-        help="show the equations at work on a sentence or pair, by the run in --out",
-    )
+    add("--explain", nargs="+", metavar="TEXT", help="the equations at work on a sentence or pair, by the run in --out")
     add("--resume", action="store_true", help="go on with the interrupted run in --out after its last finished stage")
     add("--overwrite", action="store_true", help="start again although --out holds a run")
     add("--data", help="folder of the GLUE files; missing ones are downloaded (default: ~/.cache/dact-bert/glue)")
     add("--seed", type=number(*RANGES["seed"]), default=0, help="of new weights, dropout and shuffling (default: 0)")
     add("--precision", choices=PRECISIONS, help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
-    add(
-        "--submit", metavar="FOLDER", help="write the test predictions of the finished run in --out, as GLUE takes them"
-    )
+    add("--submit", metavar="FOLDER", help="write the test predictions of the run in --out, as GLUE takes them")
     add = parser.add_argument_group("the paper's settings").add_argument
     tau = "price of a block in equation (3), in nats (default: 0.035; toy: 0.05; the paper's: 5e-3)"
     add("--tau", type=number(*RANGES["tau"]), help=tau)
@@ -845,21 +838,17 @@ def load_run(path, stage=2, task=None):
         for key, kind in KINDS.items():
             if type(about[key]) is not kind:
                 raise TypeError(f"{key} is no {kind.__name__}")
-        for stage_name, time_taken in about["seconds"].items():
-            if stage_name not in ("stage 1", "stage 2", "halting") or not (
-                type(time_taken) is float and 0 <= time_taken < 1e9
-            ):
-                raise ValueError("seconds of no training")
+        times = about["seconds"]
+        if times.keys() - {"stage 1", "stage 2", "halting"} or not all(0 <= float(t) < 1e9 for t in times.values()):
+            raise ValueError("seconds of no training")
         config, max_tokens = bert.BertConfig.from_dict(about["config"], path), about["max_tokens"]
         if not 8 <= max_tokens <= config.max_tokens:
             raise ValueError(f"max_tokens is {data.plain(max_tokens)}")
     bert.check_tokenizer(tokenizer, config, path)
     task = task or about["task"]
     if (about["task"], about["stage"]) != (task, stage):
-        found, wanted = data.plain(about["task"]), f"expected stage {stage} on {task!r}"
-        raise InputError(
-            f"{path}: stage {data.plain(about['stage'])} of a run on {found!r}, {wanted}; name another one"
-        )
+        found = data.plain(f"stage {about['stage']} of a run on {about['task']!r}")
+        raise InputError(f"{path}: {found}, expected stage {stage} on {task!r}; name another one")
     num_classes = len(data.find_task(task).labels)
     with torch.device("meta"), bert.NoRandomStart():  # for the file overwrites it
         model = bert.Bert(config)
@@ -870,8 +859,7 @@ def load_run(path, stage=2, task=None):
     with data.reading(path, "its weights do not fit its own config; name another run"):
         check_state(state)
         model.load_state_dict(state, assign=True)
-    name = data.plain(about["model"], 200)
-    return Saved(model, tokenizer, name, max_tokens, task, config, about["settings"], about["seconds"])
+    return Saved(model, tokenizer, data.plain(about["model"], 200), max_tokens, task, config, about["settings"], times)
 
 
 def check_state(state):

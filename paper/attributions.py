@@ -1,4 +1,4 @@
-"""What an answer or a halting value rests on: Integrated Gradients of the tokens, Layer Conductance of what lies inside.
+"""What an answer or a halting value rests on: Integrated Gradients of tokens, Layer Conductance of what lies inside.
 
     Integrated Gradients   IG_i   = (x_i - x'_i) ∫₀¹ ∂F/∂x_i dα         (Sundararajan et al., 2017, equation 1)
     Layer Conductance      Cond_j = ∫₀¹ ∂F/∂y_j dy_j/dα dα              (Dhamdhere et al., 2018, equation 2)
@@ -110,9 +110,9 @@ def to_one_percent(method, F, x, baseline, steps=8, most=2048):
         a, b = (baseline + alpha * (x - baseline) for alpha in (start, end))
         return start, end, method(F, b, a, steps)
 
-    # CHOICE: F can turn within a hair's breadth of the line, and then equal steps are of no use: on MRPC 512 of them once
-    # missed 121 %. But attributions of pieces of the line add up to those of the line, and each piece is complete in
-    # itself, so that it is known where the sum is poor. The piece that misses most is halved, and halved again.
+    # CHOICE: F can turn within a hair's breadth of the line, and then equal steps are of no use: on MRPC 512 of them
+    # once missed 121 %. But attributions of pieces of the line add up to those of the line, and each piece is complete
+    # in itself, so that it is known where the sum is poor. The piece that misses most is halved, and halved again.
     pieces = [piece(0.0, 1.0)]
     while (found := joined([of_piece for *_, of_piece in pieces])).error >= 0.01 and found.steps + steps <= most:
         worst = max(range(len(pieces)), key=lambda i: pieces[i][-1].missed)

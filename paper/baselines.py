@@ -1,18 +1,18 @@
 """The systems that DACT-BERT is compared with, on the same backbone, data and code path.
 
     DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
-    FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; exit as DeeBERT does (S = "speed" · log C)
-    PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed the answer
+    FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; the same exit, S in other units
+    PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed an answer
     BERxiT     (Xin et al., 2021)   the same training; exit when a learned unit says that the ramp's answer is right
-    PALBERT    (Balagansky and Gavrilov, 2022)  each block has a chance to stop, learned with the answers (PonderNet); exit
+    PALBERT    (Balagansky and Gavrilov, 2022)  backbone, ramps and a chance to stop (PonderNet) trained together; exit
                                     when the chance to have stopped passes q
     first k    the backbone cut after block k and fine-tuned: no decision at all
     DACT at another price: its halting units trained anew, all else as stage 2 left it
     longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-All can leave a batch through `dact.early_exit`: a rule is a function of what is known after block n. Over a whole dev set
-it is quicker to compute what every block says, and then where a rule would leave: the functions `simulate...`.
+All can leave a batch through `dact.early_exit`: a rule is a function of what is known after block n. Over a whole dev
+set it is quicker to compute what every block says, and then where a rule would leave: the functions `simulate...`.
 Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
 """
 
@@ -69,7 +69,7 @@ class Run(NamedTuple):
 def open_run(folder, data_folder=None, splits=None):
     """The finished run in a folder. Raises data.InputError.
 
-    data_folder: where GLUE's files lie; by default train.py's cache. splits: what it was trained on, if not the task's own.
+    data_folder: where GLUE's files lie; by default train.py's cache. splits: what it trained on, if not the task's own.
     """
     folder = Path(folder)
     metrics = read_metrics(folder)
@@ -126,7 +126,7 @@ def read_metrics(folder):
 
 
 def trained_folder(folder):
-    """runs/x/paper-1a2b3c4d: named after metrics.json, so that a run made anew in runs/x does not meet the old one's."""
+    """runs/x/paper-1a2b3c4d: named after metrics.json, so that a run made anew meets nothing of the old one."""
     return Path(folder) / f"paper-{hashlib.sha256((Path(folder) / 'metrics.json').read_bytes()).hexdigest()[:8]}"
 
 
@@ -170,7 +170,7 @@ class Exits(nn.Module):
 
 
 class Palbert(Exits):
-    """`Exits` of which each also has a chance to stop: λ_n = σ(z_n), z_n from the [CLS] of block n and of the one before."""
+    """`Exits` of which each also has a chance to stop: λ_n = σ(z_n), z_n from [CLS] of block n and of n - 1."""
 
     def __init__(self, backbone, classifier):
         super().__init__(backbone, classifier)
@@ -197,7 +197,7 @@ class Palbert(Exits):
 
 
 class LearnedExit(nn.Module):
-    """BERxiT's: on trained `Exits` one linear unit for all blocks, which reads what a ramp makes of [CLS] before its last layer."""
+    """BERxiT's: on trained `Exits` one linear unit for all blocks, which reads what a ramp's last layer reads."""
 
     def __init__(self, exits):
         super().__init__()
@@ -205,7 +205,7 @@ class LearnedExit(nn.Module):
         self.unit = nn.Linear(exits.backbone.hidden_size, 1)
 
     def forward(self, *inputs):
-        """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last, which always answers."""
+        """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last."""
         logits, u = [], []
         for head, cls in zip(self.heads, dact.cls_after_blocks(self.backbone, inputs)):
             with torch.autocast(cls.device.type, enabled=False):
@@ -262,9 +262,9 @@ def simulate_palbert(logits, z, q):
 
 
 def leave(answers, halt):
-    """(labels, exits (n,)) if each example leaves at the first block of halt (N, n) bool, or the last, with its own answer.
+    """(labels, exits (n,)) if each example leaves at the first block of halt (N, n) bool, or the last.
 
-    answers: (N, n, C), whatever is greatest for the class that is answered.
+    answers: (N, n, C), greatest for the class that a block answers.
     """
     halt = torch.cat([halt[:-1], torch.ones_like(halt[:1])])
     first = halt.int().argmax(0)
@@ -315,14 +315,14 @@ def berxit_loss(outputs, labels):
 
 
 def exit_chances(z):
-    """z (N, B) -> the chance to stop at each block: λ_n = σ(z_n) of what is left then; the last block takes the rest."""
+    """z (N, B) -> the chance to stop at each block: λ_n = σ(z_n) of what is left; the last block takes the rest."""
     stop = torch.cat([z.sigmoid()[:-1], torch.ones_like(z[:1])])
     left = torch.cat([torch.ones_like(z[:1]), (1 - stop[:-1]).cumprod(0)])
     return stop * left
 
 
 def palbert_loss(outputs, labels, prior=0.1, beta=0.5):
-    """Σ p_n L_n + β KL(geometric prior || p), a mean over the batch; p: `exit_chances`, L_n: block n's cross-entropy."""
+    """Σ p_n L_n + β KL(geometric prior || p), a mean over the batch; p: `exit_chances`, L_n: cross-entropies."""
     logits, z = outputs
     p, losses = exit_chances(z), torch.stack([F.cross_entropy(each, labels, reduction="none") for each in logits])
     wanted = exit_chances(torch.full((len(z), 1), math.log(prior / (1 - prior)), device=z.device))
@@ -349,8 +349,8 @@ def deebert(run, vectors=None, epochs=None):
 
 def ramps(run, vectors, loss, name, epochs=None):
     """An `Exits` whose ramps alone are trained, on cached vectors. epochs: by default twice the run's."""
-    # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate of
-    # the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
+    # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate
+    # of the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
     epochs = epochs or 2 * run.args.epochs
     torch.manual_seed(run.args.seed)
     exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.args.device)
@@ -407,7 +407,7 @@ def berxit(run, epochs=None):
 
 
 def first_blocks(run, k):
-    """A `BertClassifier` of the first k blocks of the model that stage 1 started from, fine-tuned with the run's settings."""
+    """A `BertClassifier` of the first k blocks of what stage 1 started from, fine-tuned with the run's settings."""
     args = copy.copy(run.args)
     args.model = None if args.model == train.SCRATCH else args.model
     model = train.starting_model(args).model
@@ -424,7 +424,7 @@ def longer(run):
 
 
 def trained(run, name, model, loss, epochs=None):
-    """`model` as a whole, trained on the run's training set with the run's settings, or loaded. epochs: if not the run's."""
+    """`model` as a whole, trained with the run's data and settings, or loaded. epochs: if not the run's."""
     epochs = epochs or run.args.epochs
 
     def train_it(args, record):
@@ -456,11 +456,11 @@ def train_or_load(run, name, model, train_it):
 
 
 class EntropyHead(nn.Module):
-    """A head of DACT whose halting value is a logistic regression on the entropy of y_n: h_n = σ(w (H(y_n) - S)), in nats.
+    """A head of DACT whose halting value is a logistic regression on an entropy in nats: h_n = σ(w (H(y_n) - S)).
 
     answer: [CLS] (B, D) -> logits of y_n, such as an off-ramp of DeeBERT's; it does not learn with this. S is DeeBERT's
-    threshold: below it h_n < 1/2. With a large w the gate is a step, all weight lies on the first block below its S, and
-    DACT *is* DeeBERT (on DeeBERT's ramps).
+    threshold: below it h_n < 1/2. With a large w the gate is a step, all weight lies on the first block below its S,
+    and DACT *is* DeeBERT (on DeeBERT's ramps).
     """
 
     def __init__(self, answer, halt):
@@ -479,7 +479,7 @@ class EntropyHead(nn.Module):
 
 
 def entropy_dact(model, answers, tied, S, weight=10.0):
-    """A `DactBert` on the backbone of `model` whose heads are `EntropyHead`s on `answers`, all from a threshold of S nats.
+    """A `DactBert` on the backbone of `model` whose heads are `EntropyHead`s on `answers`, from a threshold of S nats.
 
     model: a `DactBert`. answers: a function for each block. tied: one w and one S for all blocks, as in DeeBERT.
     """
@@ -497,7 +497,7 @@ def answers_of(model):
 
 
 def learned_entropy_dact(run, exits, vectors, tied, S):
-    """The third stage of section 3.1: on DeeBERT's ramps only the confidence functions are trained, by (3), from a start S.
+    """The third stage of section 3.1: on DeeBERT's ramps the confidence functions alone are trained, by (3), from S.
 
     vectors: a function that gives `train_vectors`.
     """

@@ -2,10 +2,10 @@
 
     python paper/figure3.py runs/mrpc --examples 0 6
 
-Integrated Gradients of the log-odds of the predicted class where each system leaves: DACT's a_n at its exit block n, and
-the off-ramp at which DeeBERT exits. DeeBERT's S is the one at which it runs as many blocks as DACT on the dev set; no
-label is looked at. By default the first two dev examples that both answer right, of the hardest level if there are levels.
-Leaves figure3.html (numbers appear under the pointer) and figure3.png in the run's folder.
+Integrated Gradients of the log-odds of the predicted class where each system leaves: DACT's a_n at its exit block n,
+and the off-ramp at which DeeBERT exits. DeeBERT's S is the one at which it runs as many blocks as DACT on the dev set;
+no label is looked at. By default the first two dev examples that both answer right, of the hardest level if there are
+levels. Leaves figure3.html (numbers appear under the pointer) and figure3.png in the run's folder.
 """
 
 import html

@@ -4,8 +4,9 @@
 
 Above, a row for each block: Integrated Gradients of its halting neuron before the sigmoid (+ goes on, - halts). Below,
 those of the answer at the exit, as in figure 3. On the right Layer Conductance: what each block added to log p_n, the
-weight left at the exit n, whose fall makes (4) halt. By default the first dev example that is answered right, of the hardest level if there are levels.
-Prints the neurons of the [CLS] vector with the largest share. Leaves figure4.png in the run's folder.
+weight left at the exit n, whose fall makes (4) halt. By default the first dev example that is answered right, of the
+hardest level if there are levels. Prints the neurons of the [CLS] vector with the largest share. Leaves figure4.png in
+the run's folder.
 """
 
 import attributions

@@ -2,8 +2,8 @@
 
     python paper/figure5.py runs/mrpc --S 0.25 0.5      # a panel for each run; leaves runs/mrpc/figure5.png
 
-DACT leaves by equation (4) and by its exact form; DeeBERT leaves when the entropy of an answer is under S nats. Where the
-dev set has groups, such as the toy task's levels, a second panel shows which of them leave where by (4).
+DACT leaves by equation (4) and by its exact form; DeeBERT leaves when the entropy of an answer is under S nats. Where
+the dev set has groups, such as the toy task's levels, a second panel shows which of them leave where by (4).
 """
 
 from functools import partial
@@ -67,7 +67,7 @@ def table(panel):
 
 
 def draw(panels):
-    """The figure: a panel for each run, a group of bars for each block; after them one for the groups of its examples."""
+    """The figure: a panel for each run, a group of bars for each block; then one for the groups of its examples."""
     drawn = [(panel.title, panel.exits, COLOURS) for panel in panels]
     drawn += [(f"{panel.title}, DACT, rule (4)", panel.groups, SHADES) for panel in panels if panel.groups]
     figure = Figure(figsize=(7.0 * len(drawn) + 0.5, 4.4), layout="constrained")

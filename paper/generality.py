@@ -3,9 +3,9 @@
     python paper/generality.py runs/mrpc
 
 Three stages: stage 1 and the off-ramps as DeeBERT trains them, then the confidence functions alone, by equation (3):
-h_n = σ(w (H(y_n) - S)), H the entropy of the ramp's answer in nats. Tied, all blocks share one w and S, as DeeBERT does;
-untied, each block has its own. Each is trained from a low and from a high S, to see whether the same one is found.
-Beside them stands DeeBERT itself with the learned tied S for its threshold.
+h_n = σ(w (H(y_n) - S)), H the entropy of the ramp's answer in nats. Tied, all blocks share one w and S, as DeeBERT
+does; untied, each block has its own. Each is trained from a low and from a high S, to see whether the same one is
+found. Beside them stands DeeBERT itself with the learned tied S for its threshold.
 """
 
 from functools import cache, partial
@@ -25,7 +25,7 @@ def main(argv):
 
 
 def learn(run):
-    """({variant: inputs -> Halted} to be measured, {name: thresholds in nats}), each trained unless the run holds it."""
+    """({variant: inputs -> Halted} to be measured, {name: thresholds in nats}); trained unless the run holds them."""
     vectors = cache(partial(baselines.train_vectors, run))  # computed once, and only if something has to be trained
     exits = baselines.deebert(run, vectors)
     variants, learned = {}, {}

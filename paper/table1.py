@@ -2,13 +2,13 @@
 
     python paper/table1.py --task mrpc --seeds 5        the other flags are train.py's: --model, --data, --epochs ...
 
-Everything is made by this one command and kept in --out: a run of train.py for every seed (seed-0, seed-1, ...), the other
-systems trained beside each, and one run more (held-out) of seed 0 that never sees a fifth of the training set. On that fifth
-the free settings of every system, DACT's too, are chosen: the one with the greatest area under its curve. Dev labels choose
-nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
+Everything is made by this one command and kept in --out: a run of train.py for every seed (seed-0, seed-1, ...), the
+other systems trained beside each, and one run more (held-out) of seed 0 that never sees a fifth of the training set. On
+that fifth the free settings of every system, DACT's too, are chosen: the one with the greatest area under its curve.
+Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
 
-A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear between
-the points that it reaches, constant beyond the last ones. What a table says of a depth is read off the curve of each seed.
+A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear
+between the points that it reaches, constant beyond the last ones. What a table says of a depth is read off each seed's.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def deebert(run, factor):
 
 
 def fastbert(run, setting):
-    """setting: (which divergence, factor). Its "speed" is the entropy as a share of log C: the same knob, in other units."""
+    """setting: (which divergence, factor). Its "speed" is the same knob in other units, S / log C."""
     loss = {"paper": baselines.fastbert_loss, "code": partial(baselines.fastbert_loss, turned=True)}[setting[0]]
     exits = baselines.ramps(run, None, loss, f"FastBERT-{setting[0]}", setting[1] * run.args.epochs)
     return by_entropy(run, *train.outputs(exits, run.dev, run.args))
@@ -246,7 +246,7 @@ def first_metric(run, labels):
 
 
 def choose(run, systems):
-    """On the held-out fifth, which is the dev set of `run`: ({system: the setting of the greatest area}, our better form)."""
+    """On the dev set of `run`, the held-out fifth: ({system: the setting of the greatest area}, our better form)."""
     found = kept(run)
     for number, (name, system) in enumerate(systems.items(), start=1):
         for setting in system.settings:
@@ -261,7 +261,7 @@ def choose(run, systems):
 
 def measured(run, systems, chosen):
     """What there is to say of one seed's run: {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "heads":
-    {system: [metric of each block's head]}, "chosen": {system: its setting}}, as far as its table1.json does not have it."""
+    {system: [metric of each block's head]}, "chosen": {system: its setting}}; its table1.json is gone on with."""
     found = {"rows": {}, "curves": {}, "heads": {}, "chosen": {}} | kept(run)
     for number, (name, system) in enumerate(systems.items(), start=1):
         if found["chosen"].get(name) == str(chosen[name]):

@@ -88,7 +88,8 @@ def test_the_completeness_error_says_what_is_missed():
 
 
 def test_conductance_of_a_chain_by_hand():
-    # y = (u, v) = (2x, x²), F = u + 3 v, from 0 to 1: u brings 2, v brings 3. The trapezoid rule is exact: F is linear in y.
+    # y = (u, v) = (2x, x²), F = u + 3 v, from 0 to 1: u brings 2, v brings 3. The trapezoid rule is exact: F is linear
+    # in y.
     def score(hidden, mask):
         y = torch.cat([2 * hidden[:, 0], hidden[:, 0] ** 2], dim=1)
         return y @ torch.tensor([1.0, 3.0]), [y]

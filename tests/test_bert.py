@@ -407,7 +407,8 @@ def test_a_roberta_whose_config_does_not_say_so(tmp_path):
 
 
 def test_files_made_to_hurt(tmp_path, google):
-    """Padding to 30 million tokens, a zip that grows, a name with a colour code, two files of one name, a key that is none."""
+    """Padding to 30 million tokens, a zip that grows, a name with a colour code, two files of one name, a key that is
+    none."""
     (google / "tokenizer.json").write_text(bert.read_tokenizer(google, {"vocab.txt"}).to_str())
     written = json.loads((google / "tokenizer.json").read_text())
     fixed = {"strategy": {"Fixed": 30_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,

@@ -61,7 +61,8 @@ def drive(folder, out, processes=0, place=("", ""), flags=(), scale="fixed"):
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Also when they are interrupted and go on. Every step is logged; 5 an epoch, and of halting, which has 6 epochs, every other one."""
+    """Also when they are interrupted and go on. Every step is logged; 5 an epoch, and of halting, which has 6 epochs,
+    every other one."""
     drive(tmp_path, "one")
     drive(tmp_path, "two", 2, ("stage 2", "7"))
     out = drive(tmp_path, "two", 2, flags=["--resume"])
