@@ -276,7 +276,7 @@ def bisect_to_depth(simulated, blocks, high, low=0.0):
 
     simulated: x -> (labels, exit_block); the more x, the fewer blocks.
     """
-    for _ in range(40):
+    for _ in range(25):
         middle = (low + high) / 2
         low, high = (middle, high) if simulated(middle)[1].double().mean() > blocks else (low, middle)
     return high
