@@ -108,12 +108,12 @@ def split_off_a_fifth(args):
 
 
 def hours(run, systems, seeds):
-    """How long all will take, reckoned in the time of a stage 1: whole backbones are what takes long."""
-    settings = [setting for name in systems if name in JOINT for setting in SYSTEMS[name].settings]
-    trained = (
-        2 + 1 + sum(1 - depth / 100 for depth in DEPTHS.values()) + len([name for name in systems if name in JOINT])
-    )
-    return (sum(settings) + seeds * trained) * run.metrics["seconds"]["stage1"] / 3600
+    """About how long all will take, from the times of a run: whole backbones, and halting at other prices."""
+    joint = [name for name in systems if name in JOINT]
+    choosing = sum(setting for name in joint for setting in SYSTEMS[name].settings)  # in stages 1
+    a_seed = 3 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)  # longer, first k; 1 or 2 each
+    halting = (3 + 1.5 * seeds) * len(TAUS) * run.metrics["seconds"]["halting"]
+    return ((choosing + seeds * a_seed) * run.metrics["seconds"]["stage1"] + halting) / 3600
 
 
 # ---- Systems --------------------------------------------------------------------------------------------------------
@@ -136,8 +136,10 @@ class System(NamedTuple):
 
 def by_entropy(run, logits):
     """Leave when the entropy of the answer is below S nats."""
-    leave = lambda S: baselines.simulate(logits, partial(baselines.entropy_rule, S=S))  # noqa: E731
-    return Outcome(logits.argmax(-1), leave, [0.0, 1.001 * math.log(len(run.labels))])
+    H = baselines.entropy(logits)
+    return Outcome(
+        logits.argmax(-1), lambda S: baselines.leave(logits, H < S), [0.0, 1.001 * math.log(len(run.labels))]
+    )
 
 
 def deebert(run, factor):
