@@ -110,7 +110,7 @@ def split_off_a_fifth(args):
 def hours(run, systems, seeds):
     """About how long all will take, from the times of a run: whole backbones, and halting at other prices."""
     joint = [name for name in systems if name in JOINT]
-    choosing = sum(setting for name in joint for setting in SYSTEMS[name].settings)  # in stages 1
+    choosing = sum(setting for name in joint for setting in SYSTEMS[name][1])  # in stages 1
     a_seed = 3 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)  # longer, first k; 1 or 2 each
     halting = (3 + 1.5 * seeds) * len(TAUS) * run.metrics["seconds"]["halting"]
     return ((choosing + seeds * a_seed) * run.metrics["seconds"]["stage1"] + halting) / 3600
@@ -125,13 +125,6 @@ class Outcome(NamedTuple):
     answers: torch.Tensor  # (N, n): the class that each block's head answers by itself
     leave: object  # x -> (labels (n,), exit blocks (n,)); the greater the knob x, the fewer blocks
     knob: list  # its settings; two are the ends of a range
-
-
-class System(NamedTuple):
-    """outcome(run, setting): trains the system beside a run, or loads it. settings: the free ones to choose from."""
-
-    outcome: object
-    settings: tuple
 
 
 def by_entropy(run, logits):
@@ -200,14 +193,15 @@ def trained_longer(run, factor):
 
 
 RAMPS, WHOLE = (1, 2, 10 / 3), (1, 2)
+# {system: (run, setting -> `Outcome`, trained beside the run or loaded; the settings to choose from)}
 SYSTEMS = {
-    "DeeBERT": System(deebert, RAMPS),
-    "FastBERT": System(fastbert, tuple((loss, factor) for loss in ("paper", "code") for factor in RAMPS)),
-    "PABEE": System(pabee, WHOLE),
-    "BERxiT": System(berxit, WHOLE),
-    "PALBERT": System(palbert, WHOLE),
-    "DACT, rule (4)": System(dact_over_tau, WHOLE),
-    "DACT by entropy": System(dact_by_entropy, WHOLE),
+    "DeeBERT": (deebert, RAMPS),
+    "FastBERT": (fastbert, tuple((loss, factor) for loss in ("paper", "code") for factor in RAMPS)),
+    "PABEE": (pabee, WHOLE),
+    "BERxiT": (berxit, WHOLE),
+    "PALBERT": (palbert, WHOLE),
+    "DACT, rule (4)": (dact_over_tau, WHOLE),
+    "DACT by entropy": (dact_by_entropy, WHOLE),
 }
 JOINT = ("PABEE", "PALBERT", "DACT, rule (4)")  # that train a backbone
 
@@ -250,14 +244,14 @@ def first_metric(run, labels):
 def choose(run, systems):
     """On the dev set of `run`, the held-out fifth: ({system: the setting of the greatest area}, our better form)."""
     found = kept(run)
-    for number, (name, system) in enumerate(systems.items(), start=1):
-        for setting in system.settings:
+    for number, (name, (outcome_of, settings)) in enumerate(systems.items(), start=1):
+        for setting in settings:
             if str(setting) not in found.setdefault(name, {}):
                 print(f"held-out fifth: {name}, setting {setting}, system {number} of {len(systems)}")
-                found[name][str(setting)] = area(curve(run, system.outcome(run, setting)))
+                found[name][str(setting)] = area(curve(run, outcome_of(run, setting)))
                 keep(run, found)
-        print(f"held-out fifth: {name}, area " + ", ".join(f"{found[name][str(x)]:.2f} ({x})" for x in system.settings))
-    chosen = {name: max(system.settings, key=lambda x: found[name][str(x)]) for name, system in systems.items()}
+        print(f"held-out fifth: {name}, area " + ", ".join(f"{found[name][str(x)]:.2f} ({x})" for x in settings))
+    chosen = {name: max(settings, key=lambda x: found[name][str(x)]) for name, (_, settings) in systems.items()}
     return chosen, max(OURS, key=lambda name: max(found[name].values()))
 
 
@@ -265,11 +259,11 @@ def measured(run, systems, chosen):
     """What there is to say of one seed's run: {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "heads":
     {system: [metric of each block's head]}, "chosen": {system: its setting}}; its table1.json is gone on with."""
     found = {"rows": {}, "curves": {}, "heads": {}, "chosen": {}} | kept(run)
-    for number, (name, system) in enumerate(systems.items(), start=1):
+    for number, (name, (outcome_of, _)) in enumerate(systems.items(), start=1):
         if found["chosen"].get(name) == str(chosen[name]):
             continue
         print(f"{run.folder}: {name}, system {number} of {len(systems)}")
-        outcome = system.outcome(run, chosen[name])
+        outcome = outcome_of(run, chosen[name])
         found["curves"][name] = curve(run, outcome)
         found["heads"][name] = [first_metric(run, labels) for labels in outcome.answers]
         if name == "DeeBERT":

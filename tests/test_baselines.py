@@ -493,7 +493,7 @@ def test_the_setting_of_the_greatest_area_is_chosen(run, monkeypatch):
     asked = []
 
     def system(name, *settings):
-        return table1.System(lambda run, setting: asked.append((name, setting)) or (name, setting), settings)
+        return lambda run, setting: asked.append((name, setting)) or (name, setting), settings
 
     monkeypatch.setattr(table1, "curve", lambda run, outcome: outcome)
     monkeypatch.setattr(table1, "area", areas.get)
