@@ -13,6 +13,7 @@ Shapes: B sequences, C classes, N blocks, D hidden size; n examples of a dataset
 
 import argparse
 import copy
+import gc
 import io
 import json
 import math
@@ -753,6 +754,7 @@ class Record:
         write_whole(self.folder / "metrics.json", json.dumps(content, indent=1).encode())
         print(f"saved      {self.folder}/dact.pt and metrics.json")
         if dist.is_initialized():
+            gc.collect()  # DistributedDataParallel lies in a cycle, and its threads must end before Python does
             dist.destroy_process_group()
 
 
