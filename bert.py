@@ -446,8 +446,7 @@ def build(config, num_classes, tensors, source):
         if not all_finite(tensor):
             raise InputError(f"{source}: {plain(original)} holds a number that is not finite; download it again")
         state[ours[name]] = tensor.float().contiguous()  # as the readers give them, mostly
-    model.classifier = Classifier(config, num_classes)
-    (model.classifier if missing else model.classifier.linear).apply(init_weights)
+    model.classifier = Classifier(config, num_classes).apply(init_weights)
     model.load_state_dict(state, strict=False, assign=True)
     return model
 
