@@ -24,7 +24,7 @@ import json
 import math
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,7 @@ class Run(NamedTuple):
     train: data.Dataset
     dev: data.Dataset
     splits: list  # both as `data.Examples`
+    vectors: object  # () -> the [CLS] vectors of stage 1's backbone over the training set, computed at the first call
 
     @property
     def labels(self):
@@ -85,8 +86,11 @@ def open_run(folder, data_folder=None, splits=None):
         raise data.InputError(f"{folder}: a model of one block has no block to leave earlier; name another run")
     models = [saved.model.to(args.device).eval() for saved in (first, second)]
     splits = splits or data.load_task(args.task, args.data)
-    datasets = [first.dataset(split) for split in splits]
-    return Run(folder, trained_folder(folder), args, metrics, *models, first.tokenizer, *datasets, splits)
+    train_set, dev_set = (first.dataset(split) for split in splits)
+    vectors = cache(partial(train.Vectors, models[0].bert, train_set, args))
+    return Run(
+        folder, trained_folder(folder), args, metrics, *models, first.tokenizer, train_set, dev_set, splits, vectors
+    )
 
 
 # The part of metrics.json that is relied on here
@@ -342,12 +346,12 @@ def as_stage(loss):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def deebert(run, vectors=None, epochs=None):
-    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone. vectors: a function that gives `train_vectors`."""
-    return ramps(run, vectors, deebert_loss, "DeeBERT", epochs)
+def deebert(run, epochs=None):
+    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone."""
+    return ramps(run, deebert_loss, "DeeBERT", epochs)
 
 
-def ramps(run, vectors, loss, name, epochs=None):
+def ramps(run, loss, name, epochs=None):
     """An `Exits` whose ramps alone are trained, on cached vectors. epochs: by default twice the run's."""
     # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate
     # of the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
@@ -358,17 +362,10 @@ def ramps(run, vectors, loss, name, epochs=None):
     def train_them(args, record):
         args.epochs = epochs
         exits.heads.train()[-1].eval().requires_grad_(False)
-        train.fit(
-            name, train.over_vectors(exits), as_stage(loss), (vectors or partial(train_vectors, run))(), args, record
-        )
+        train.fit(name, train.over_vectors(exits), as_stage(loss), run.vectors(), args, record)
 
     train_or_load(run, f"{name}-{epochs:g}", exits.heads, train_them)
     return exits.eval()
-
-
-def train_vectors(run):
-    """The [CLS] vectors of stage 1's backbone over the training set."""
-    return train.Vectors(run.stage1.bert, run.train, run.args)
 
 
 def pabee(run, epochs=None):
@@ -491,16 +488,8 @@ def entropy_dact(model, answers, tied, S, weight=10.0):
     return train.replaced(model, heads=nn.ModuleList(heads).to(next(model.parameters()).device))
 
 
-def answers_of(model):
-    """Of a `DactBert`, the functions [CLS] -> logits of y_n, for `entropy_dact`."""
-    return [lambda cls, head=head: head.logits(cls)[0] for head in model.heads]
-
-
-def learned_entropy_dact(run, exits, vectors, tied, S):
-    """The third stage of section 3.1: on DeeBERT's ramps the confidence functions alone are trained, by (3), from S.
-
-    vectors: a function that gives `train_vectors`.
-    """
+def learned_entropy_dact(run, exits, tied, S):
+    """The third stage of section 3.1: on DeeBERT's ramps the confidence functions alone are trained, by (3), from S."""
     answers = [partial(exits.answer, n) for n in range(1, len(exits.heads) + 1)]
     model = entropy_dact(train.replaced(run.dact, backbone=exits.backbone), answers, tied, S)
     name = f"entropy-{'tied' if tied else 'untied'}-{S:g}"
@@ -508,7 +497,8 @@ def learned_entropy_dact(run, exits, vectors, tied, S):
     def train_it(args, record):
         # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
         args.epochs, args.head_lr = 10 * args.epochs, 5e-2
-        train.fit(name, train.over_vectors(model), partial(train.stage2_loss, tau=args.tau), vectors(), args, record)
+        loss = partial(train.stage2_loss, tau=args.tau)
+        train.fit(name, train.over_vectors(model), loss, run.vectors(), args, record)
 
     train_or_load(run, name, model.heads, train_it)
     return model.eval()
@@ -517,12 +507,12 @@ def learned_entropy_dact(run, exits, vectors, tied, S):
 # ---- DACT at another price of a block -------------------------------------------------------------------------------
 
 
-def dact_over_tau(run, taus, vectors):
+def dact_over_tau(run, taus):
     """The run's DACT with its halting units alone trained anew, by equation (3), at other prices: {tau: `DactBert`}.
 
-    "The training of only the confidence functions" (section 3.1). vectors: a function that gives the `train.Vectors`
-    of its backbone over the training set.
+    "The training of only the confidence functions" (section 3.1).
     """
+    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train, run.args))
 
     def at(tau):
         model = train.replaced(run.dact, heads=copy.deepcopy(run.dact.heads))

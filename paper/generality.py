@@ -8,7 +8,7 @@ does; untied, each block has its own. Each is trained from a low and from a high
 found. Beside them stands DeeBERT itself with the learned tied S for its threshold.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import baselines
 
@@ -26,12 +26,11 @@ def main(argv):
 
 def learn(run):
     """({variant: inputs -> Halted} to be measured, {name: thresholds in nats}); trained unless the run holds them."""
-    vectors = cache(partial(baselines.train_vectors, run))  # computed once, and only if something has to be trained
-    exits = baselines.deebert(run, vectors)
+    exits = baselines.deebert(run)
     variants, learned = {}, {}
     for tied in (True, False):
         for start in STARTS:
-            model = baselines.learned_entropy_dact(run, exits, vectors, tied, start)
+            model = baselines.learned_entropy_dact(run, exits, tied, start)
             name = f"{'tied' if tied else 'untied'}, from S = {start}"
             learned[name] = [head.threshold() for head in model.heads][: 1 if tied else None]
             variants[f"DACT, {name}"] = model.early_exit

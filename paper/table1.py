@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import random
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,13 +137,13 @@ def by_entropy(run, logits):
 
 def deebert(run, factor):
     """factor: of the run's epochs, as everywhere below."""
-    return by_entropy(run, *train.outputs(baselines.deebert(run, epochs=factor * run.args.epochs), run.dev, run.args))
+    return by_entropy(run, *train.outputs(baselines.deebert(run, factor * run.args.epochs), run.dev, run.args))
 
 
 def fastbert(run, setting):
     """setting: (which divergence, factor). Its "speed" is the same knob in other units, S / log C."""
     loss = {"paper": baselines.fastbert_loss, "code": partial(baselines.fastbert_loss, turned=True)}[setting[0]]
-    exits = baselines.ramps(run, None, loss, f"FastBERT-{setting[0]}", setting[1] * run.args.epochs)
+    exits = baselines.ramps(run, loss, f"FastBERT-{setting[0]}", setting[1] * run.args.epochs)
     return by_entropy(run, *train.outputs(exits, run.dev, run.args))
 
 
@@ -166,9 +166,9 @@ def palbert(run, factor):
 def dact_over_tau(run, factor):
     """Rule (4), with the halting units trained anew at other prices; the answers stay."""
     run = trained_longer(run, factor)
-    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train, run.args))
-    models = {run.args.tau: run.dact, **baselines.dact_over_tau(run, TAUS, vectors)}
-    outputs = {tau: train.outputs(model, run.dev, run.args) for tau, model in models.items()}
+    models = {run.args.tau: run.dact, **baselines.dact_over_tau(run, TAUS)}
+    of_dev = train.Vectors(run.dact.backbone, run.dev, run.args)  # one backbone for all of them
+    outputs = {tau: train.outputs(train.over_vectors(model), of_dev, run.args) for tau, model in models.items()}
     found = {tau: baselines.simulate_dact(y, h) for tau, (y, h) in outputs.items()}
     return Outcome(outputs[run.args.tau][0].argmax(-1), found.get, sorted(found))
 

@@ -43,7 +43,7 @@ def weights(module):
 
 
 def fastbert(run):
-    return baselines.ramps(run, None, baselines.fastbert_loss, "FastBERT")
+    return baselines.ramps(run, baselines.fastbert_loss, "FastBERT")
 
 
 def same(first, second):
@@ -156,6 +156,16 @@ def test_a_model_over_cached_vectors_is_the_model(run):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_vectors_are_computed_once_and_only_if_asked_for(run, monkeypatch):
+    """However many systems learn on them."""
+    made, vectors = [], train.Vectors
+    monkeypatch.setattr(train, "Vectors", lambda *args: made.append(1) or vectors(*args))
+    run = baselines.open_run(run.folder)
+    assert not made
+    baselines.deebert(run, 1), baselines.deebert(run, 2), fastbert(run)
+    assert len(made) == 1
+
+
 def test_every_system_reads_on_one_scale_and_trains_without_dropout(run):
     """As DACT does: the frozen ramps on the scale of the training set, PABEE's as they train."""
     pabee, batches = baselines.pabee(run), -(-len(run.train) // 32)  # one epoch of each
@@ -163,7 +173,7 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run):
     assert all(ramp[0].steps == batches for ramp in pabee.heads[:-1])
     for model in (pabee.backbone, baselines.longer(run).bert):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
-    cls = baselines.train_vectors(run).cls
+    cls = run.vectors().cls
     for system in (baselines.deebert, fastbert):
         for exits in (system(run), system(run)):  # trained, and from its file
             for n, ramp in enumerate(exits.heads[:-1]):
@@ -328,8 +338,7 @@ def test_entropy_dact_is_a_logistic_regression_on_the_entropy(run):
     H = -(y_n * y_n.log()).sum(1)
     torch.testing.assert_close(h_n, torch.sigmoid(8 * (H - 0.25)), atol=1e-5, rtol=1e-5)
     before, heads = weights(exits), run.dact.heads
-    vectors = train.Vectors(run.stage1.bert, run.train, run.args)
-    model = baselines.learned_entropy_dact(run, exits, lambda: vectors, False, 0.25)
+    model = baselines.learned_entropy_dact(run, exits, False, 0.25)
     assert model.backbone is exits.backbone and run.dact.heads is heads and heads[0].halt is not None
     y, _ = train.outputs(model, run.dev, run.args)
     torch.testing.assert_close(
@@ -355,7 +364,8 @@ def test_dact_by_entropy(run):
     """With the heads of stage 2 it answers y_n of the first block n whose entropy is under S, as `simulate_dact` says too."""
     S, model = 0.4, scattered(run.dact)
     y, _ = train.outputs(model, run.dev, run.args)
-    by_entropy = baselines.entropy_dact(model, baselines.answers_of(model), True, S, weight=1e4)
+    y_logits = [lambda cls, head=head: head.logits(cls)[0] for head in model.heads]
+    by_entropy = baselines.entropy_dact(model, y_logits, True, S, weight=1e4)
     answers = train.predict(by_entropy.early_exit, run.dev, run.args)
     labels, exit_block = baselines.simulate(y.log(), partial(baselines.entropy_rule, S=S))
     assert torch.equal(answers.exit_block, exit_block) and torch.equal(answers.label, labels)
@@ -363,16 +373,18 @@ def test_dact_by_entropy(run):
     assert torch.equal(found[0], labels) and torch.equal(found[1], exit_block) and len(exit_block.unique()) > 2
 
 
-def test_dact_at_another_price(run):
+def test_dact_at_another_price(run, monkeypatch):
     """Halting alone is trained anew. A block at 5 nats is never worth its price, so all leave after block 1; where going
     on earns 5 nats a block, nobody leaves early. From its file too.
     """
     before, exits = weights(run.dact), []
-    vectors, dev = (train.Vectors(run.dact.backbone, part, run.args) for part in (run.train, run.dev))
+    dev = train.Vectors(run.dact.backbone, run.dev, run.args)
     run.args.epochs, run.args.head_lr = 1, 0.1  # far enough for both ends
-    for tau, model in baselines.dact_over_tau(run, (-5.0, 5.0), lambda: vectors).items():
+    models = baselines.dact_over_tau(run, (-5.0, 5.0))
+    monkeypatch.setattr(train, "Vectors", lambda *_: pytest.fail("nothing is left to learn"))
+    for tau, model in models.items():
         predictions = train.predict(model.early_exit, run.dev, run.args)
-        again = baselines.dact_over_tau(run, (tau,), None)[tau]
+        again = baselines.dact_over_tau(run, (tau,))[tau]
         assert same(weights(model), weights(again)) and again.backbone is run.dact.backbone
         logits, z = baselines.logits_of(again, dev, run.args)
         y = logits.softmax(-1)
