@@ -688,11 +688,8 @@ def finished_stages(args):
         if args.resume and (args.out / name).exists():
             finished.append(load_run(args.out / name, stage, args.task))
     if args.resume and (args.out / "log.jsonl").exists():
-        print(
-            f"resumed    after stage {len(finished)}"
-            if finished
-            else "resumed    before the end of stage 1: at its start"
-        )
+        where = f"after stage {len(finished)}" if finished else "before the end of stage 1: at its start"
+        print(f"resumed    {where}")
     if len(set(gather(len(finished)))) > 1:
         raise InputError(f"{args.out} does not hold the same run for every process; name a folder that all share")
     return finished
@@ -714,10 +711,10 @@ class Record:
         self.log = open(os.devnull if rank() else folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if rank() == 0:
             data.lock(self.log, folder)
-        if rank() == 0 and not finished:
-            self.log.truncate(0)
-            for name in RUN_FILES[2 if keep_stage1 else 1 :]:
-                (folder / name).unlink(missing_ok=True)
+            if not finished:
+                self.log.truncate(0)
+                for name in RUN_FILES[2 if keep_stage1 else 1 :]:
+                    (folder / name).unlink(missing_ok=True)
         print(json.dumps(first), file=self.log, flush=True)
 
     def start(self, stage, steps, examples):

@@ -80,7 +80,7 @@ def main(argv):
     for seed in range(own.seeds):
         print(f"\nseed {seed}, run {seed + 2} of {own.seeds + 1}")
         results.append(measured(opened([*flags, "--seed", str(seed)], out / f"seed-{seed}"), systems, chosen))
-    text = markdown(args, chosen, form, results)
+    text = markdown(held_out.args, chosen, form, results)
     print("\n" + text)
     train.write_whole(out / "table1.md", text.encode())
     baselines.save_figure(draw(args, results), out / "table1.png", dpi=110)
@@ -88,11 +88,15 @@ def main(argv):
 
 
 def opened(flags, folder, splits=None):
-    """The run of train.py in `folder`, which is made or finished first."""
-    args = train.parse_arguments([*flags, "--out", str(folder), "--resume"])
-    if not (folder / "metrics.json").exists():
+    """The run of train.py in `folder` with these flags, which is made or finished first."""
+    return made(train.parse_arguments([*flags, "--out", str(folder), "--resume"]), splits)
+
+
+def made(args, splits):
+    """The run in args.out, which is made or finished first if it is not there."""
+    if not (args.out / "metrics.json").exists():
         train.run(args, splits)
-    return baselines.open_run(folder, args.data, splits)
+    return baselines.open_run(args.out, args.data, splits)
 
 
 def split_off_a_fifth(args):
@@ -186,10 +190,8 @@ def trained_longer(run, factor):
     if factor == 1:
         return run
     own = {"out": run.folder / f"stage2-{factor:g}", "epochs": factor * run.args.epochs, "model": None, "resume": True}
-    args = argparse.Namespace(**vars(run.args) | own | {"stage1": str(run.folder / "stage1.pt"), "overwrite": False})
-    if not (args.out / "metrics.json").exists():
-        train.run(args, run.splits)
-    return baselines.open_run(args.out, args.data, run.splits)
+    own |= {"stage1": str(run.folder / "stage1.pt"), "overwrite": False}
+    return made(argparse.Namespace(**vars(run.args) | own), run.splits)
 
 
 RAMPS, WHOLE = (1, 2, 10 / 3), (1, 2)
@@ -212,7 +214,7 @@ JOINT = ("PABEE", "PALBERT", "DACT, rule (4)")  # that train a backbone
 def curve(run, outcome):
     """[[blocks saved %, first metric %, the same if chance deals out the exits]], with the saving rising."""
     N, task = len(run.dact.backbone.blocks), run.args.task
-    metric, settings = data.TASKS[task].metrics[0], outcome.knob
+    settings = outcome.knob
     if len(settings) == 2:
         low, high = settings
         depths = [blocks for blocks in N * (1 - GRID / 100) if blocks >= 1]
@@ -220,9 +222,9 @@ def curve(run, outcome):
     points = []
     for x in settings:
         labels, exit_block = outcome.leave(x)
-        saved = train.blocks_used(exit_block, N)["saved"]
-        chance = train.by_chance(outcome.answers, exit_block, run.dev.labels, task, deals=50)[metric]
-        points.append([saved, first_metric(run, labels), chance])
+        metric, saved = point(run, labels, exit_block)
+        chance = train.by_chance(outcome.answers, exit_block, run.dev.labels, task, deals=50)
+        points.append([saved, metric, chance[data.TASKS[task].metrics[0]]])
     return sorted(points)
 
 
@@ -324,7 +326,7 @@ def keep(run, found):
 
 def markdown(args, chosen, form, results):
     """The tables of a task and a model as Markdown."""
-    task, model = args.task, Path(args.model or (train.SCRATCH if args.task == "toy" else "bert-base-uncased")).name
+    task, model = args.task, Path(args.model).name
     metric, seeds = data.TASKS[task].metrics[0], len(results)
     paper = PAPER["RoBERTa-base" if "roberta" in model.lower() else "BERT-base"].get(task, {})
     lines = [f"**{task}, {model}**, {seeds} seed(s), {metric} in percent", "",
