@@ -174,30 +174,26 @@ class Exits(nn.Module):
 
 
 class Palbert(Exits):
-    """`Exits` of which each also has a chance to stop: λ_n = σ(z_n), z_n from [CLS] of block n and of n - 1."""
+    """`Exits` with a chance to stop, λ_n = σ(z_n): z_n from [CLS] of blocks n and n - 1, by one unit for all blocks.
+
+    The unit is that of the authors' code (github.com/tinkoff-ai/palbert, "linear_cat"), and so is the 0 before block 1.
+    """
 
     def __init__(self, backbone, classifier):
         super().__init__(backbone, classifier)
-        D, N = backbone.hidden_size, len(backbone.blocks)
-        self.scales = nn.ModuleList(dact.Scale(D) for _ in range(N))
-        self.stops = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(2 * D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1)
-            )
-            for _ in range(N)
-        )
+        D = backbone.hidden_size
+        self.scales = nn.ModuleList(dact.Scale(D) for _ in backbone.blocks)
+        hidden = [layer for _ in range(3) for layer in (nn.Linear(2 * D, 2 * D), nn.Tanh())]
+        self.stop = nn.Sequential(*hidden, nn.Linear(2 * D, 1))
 
     def forward(self, *inputs):
         """-> logits (N, B, C), z (N, B) of all blocks."""
-        logits, z, before = [], [], None
-        for n, cls in enumerate(dact.cls_after_blocks(self.backbone, inputs), start=1):
-            with torch.autocast(cls.device.type, enabled=False):
-                logits.append(self.answer(n, cls))
-                now = self.scales[n - 1](cls.float())
-                both = torch.cat([now, now if before is None else before], 1)  # CHOICE: nothing is before block 1
-                z.append(self.stops[n - 1](both).squeeze(1))
-                before = now
-        return torch.stack(logits), torch.stack(z)
+        vectors = list(dact.cls_after_blocks(self.backbone, inputs))
+        logits = torch.stack([self.answer(n, cls) for n, cls in enumerate(vectors, start=1)])
+        with torch.autocast(logits.device.type, enabled=False):
+            now = torch.stack([scale(cls.float()) for scale, cls in zip(self.scales, vectors)])  # (N, B, D)
+            before = torch.cat([torch.zeros_like(now[:1]), now[:-1]])
+            return logits, self.stop(torch.cat([now, before], -1)).squeeze(-1)
 
 
 class LearnedExit(nn.Module):
@@ -210,17 +206,13 @@ class LearnedExit(nn.Module):
 
     def forward(self, *inputs):
         """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last."""
-        logits, u = [], []
-        for head, cls in zip(self.heads, dact.cls_after_blocks(self.backbone, inputs)):
-            with torch.autocast(cls.device.type, enabled=False):
-                if head is self.heads[-1]:
-                    logits.append(head(cls.float()))
-                    u.append(torch.zeros_like(u[0]))
-                else:
-                    hidden = head[:-1](cls.float())
-                    logits.append(head[-1](hidden))
-                    u.append(self.unit(hidden).squeeze(1))
-        return torch.stack(logits), torch.stack(u)
+        vectors = [cls.float() for cls in dact.cls_after_blocks(self.backbone, inputs)]
+        *ramps, last = self.heads
+        with torch.autocast(vectors[0].device.type, enabled=False):
+            hidden = torch.stack([ramp[:-1](cls) for ramp, cls in zip(ramps, vectors)])  # (N - 1, B, D)
+            logits = torch.stack([*(ramp[-1](of_ramp) for ramp, of_ramp in zip(ramps, hidden)), last(vectors[-1])])
+            u = self.unit(hidden).squeeze(-1)
+        return logits, torch.cat([u, torch.zeros_like(u[:1])])
 
 
 def entropy(logits):
@@ -229,10 +221,7 @@ def entropy(logits):
 
 
 def entropy_rule(logits, state, S):
-    """DeeBERT: leave when the entropy is under S nats; it is at most log C, so S > log C leaves after block 1.
-
-    FastBERT's "speed" is the same knob in other units: S / log C.
-    """
+    """DeeBERT: leave when the entropy is under S nats; it is at most log C, so S > log C leaves after block 1."""
     return entropy(logits) < S, state
 
 
@@ -266,20 +255,14 @@ def simulate_palbert(logits, z, q):
 
 
 def leave(answers, halt):
-    """(labels, exits (n,)) if each example leaves at the first block of halt (N, n) bool, or the last.
-
-    answers: (N, n, C), greatest for the class that a block answers.
-    """
+    """(labels, exits (n,)) if each leaves at the first block of halt (N, n) bool, or the last; answers: (N, n, C)."""
     halt = torch.cat([halt[:-1], torch.ones_like(halt[:1])])
     first = halt.int().argmax(0)
     return answers[first, torch.arange(len(first))].argmax(-1), first + 1
 
 
 def bisect_to_depth(simulated, blocks, high, low=0.0):
-    """The x from `low` to `high` at which a system uses so many blocks on average, by bisection.
-
-    simulated: x -> (labels, exit_block); the more x, the fewer blocks.
-    """
+    """The x at which `simulated`, x -> (labels, exit_block), uses so many blocks; the more x, the fewer. By bisection."""
     for _ in range(25):
         middle = (low + high) / 2
         low, high = (middle, high) if simulated(middle)[1].double().mean() > blocks else (low, middle)
@@ -312,7 +295,10 @@ def pabee_loss(logits, labels):
 
 
 def berxit_loss(outputs, labels):
-    """Of the learned exit alone: Σ over the ramps of (σ(u_n) - [ramp n is wrong])², a mean over the batch."""
+    """Of the learned exit alone: Σ over the ramps of (σ(u_n) - [ramp n is wrong])², a mean over the batch.
+
+    0 and 1 as in the paper; the authors' code (github.com/castorini/berxit) aims at 0.01 and 0.63.
+    """
     logits, u = outputs
     wrong = (logits.argmax(-1) != labels).float()
     return (u.sigmoid() - wrong)[:-1].square().mean(1).sum()
@@ -320,6 +306,7 @@ def berxit_loss(outputs, labels):
 
 def exit_chances(z):
     """z (N, B) -> the chance to stop at each block: λ_n = σ(z_n) of what is left; the last block takes the rest."""
+    # CHOICE: as in PonderNet; in PALBERT's code the last block has a λ_N, and the chances need not sum to 1.
     stop = torch.cat([z.sigmoid()[:-1], torch.ones_like(z[:1])])
     left = torch.cat([torch.ones_like(z[:1]), (1 - stop[:-1]).cumprod(0)])
     return stop * left

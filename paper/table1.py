@@ -24,7 +24,6 @@ import matplotlib
 import numpy as np
 import torch
 
-import dact
 import data
 import train
 
@@ -153,8 +152,10 @@ def fastbert(run, setting):
 
 def pabee(run, factor):
     (logits,) = train.outputs(baselines.pabee(run, factor * run.args.epochs), run.dev, run.args)
-    leave = lambda x: baselines.simulate(logits, partial(baselines.patience_rule, t=-x))  # noqa: E731
-    return Outcome(logits.argmax(-1), leave, list(range(1 - len(logits), 1)))  # t = 0: after block 1
+    steps = list(range(1 - len(logits), 1))  # t = 0: after block 1
+    return Outcome(
+        logits.argmax(-1), lambda x: baselines.simulate(logits, partial(baselines.patience_rule, t=-x)), steps
+    )
 
 
 def berxit(run, factor):

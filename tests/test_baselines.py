@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import re
 import shutil
 import sys
 from functools import partial
@@ -187,6 +186,24 @@ def test_joint_systems_train_everything(run, system):
     after = weights(system(run).backbone)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert same(before, weights(run.stage1.bert))  # on a copy
+
+
+def test_palbert_reads_this_block_and_the_one_before(run):
+    """Three times linear and tanh, then linear, the same for all blocks; before block 1 stands 0."""
+    torch.manual_seed(0)
+    model = baselines.Palbert(run.stage1.bert, run.stage1.classifier).eval()
+    logits, z = train.outputs(model, run.dev, run.args)
+    scaled = [
+        scale(cls) for scale, cls in zip(model.scales, train.Vectors(run.stage1.bert, run.dev, run.args).cls.unbind(1))
+    ]
+    for n in (1, 2, 6):
+        x = torch.cat([scaled[n - 1], scaled[n - 2] if n > 1 else torch.zeros_like(scaled[0])], 1)
+        for linear in (model.stop[0], model.stop[2], model.stop[4]):
+            assert linear.weight.shape == (2 * 64, 2 * 64)
+            x = torch.tanh(x @ linear.weight.T + linear.bias)
+        expected = x @ model.stop[6].weight[0] + model.stop[6].bias
+        torch.testing.assert_close(z[n - 1], expected, atol=1e-4, rtol=1e-4)
+    assert len(model.stop) == 7 and logits.shape == (6, 75, 2)
 
 
 def test_berxit_is_pabee_with_a_unit_that_learned_alone(run):

@@ -1,6 +1,5 @@
 """train.py end to end on small things: what a run leaves, what it says, and what it refuses."""
 
-import copy
 import json
 import math
 import os
