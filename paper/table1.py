@@ -49,7 +49,7 @@ PAPER = {
                 "DeeBERT, S = 0.75": (49.8, 91.7), "DACT, rule (4)": (54.5, 63.1)},
     },
 }  # fmt: skip
-TAUS = (0.005, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # nats a block, beside the run's own
+TAUS = (0.005, 0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5)  # nats a block, beside the run's own
 DEPTHS = {"a quarter": 25, "a third": 100 / 3, "half": 50, "three quarters": 75}  # percent of the blocks saved
 GRID = np.arange(0, 91, 2.5)  # percent of the blocks saved; a curve's area is its mean here
 OURS = ("DACT, rule (4)", "DACT by entropy")
