@@ -262,6 +262,11 @@ def measured(run, systems, chosen):
     """What there is to say of one seed's run: {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "heads":
     {system: [metric of each block's head]}, "chosen": {system: its setting}}; its table1.json is gone on with."""
     found = {"rows": {}, "curves": {}, "heads": {}, "chosen": {}} | kept(run)
+    metric, rules = data.TASKS[run.args.task].metrics[0], run.metrics["rules"]
+    for row, each in {"majority class": run.metrics["majority"], "base": run.metrics["full"]}.items():
+        found["rows"][row] = each[metric], 0.0
+    for rule, each in rules.items():
+        found["rows"][f"DACT, {train.RULE_NAMES[rule]}"] = each[metric], each["saved"]
     for number, (name, (outcome_of, _)) in enumerate(systems.items(), start=1):
         if found["chosen"].get(name) == str(chosen[name]):
             continue
@@ -274,13 +279,6 @@ def measured(run, systems, chosen):
                 found["rows"][f"DeeBERT, S = {S:.2f}"] = point(run, *outcome.leave(S))
         found["chosen"][name] = str(chosen[name])
         keep(run, found)
-    if "base" not in found["rows"]:
-        metric, rules = data.TASKS[run.args.task].metrics[0], run.metrics["rules"]
-        for row, each in {"majority class": run.metrics["majority"], "base": run.metrics["full"]}.items():
-            found["rows"][row] = each[metric], 0.0
-        found["rows"] |= {
-            f"DACT, {train.RULE_NAMES[rule]}": (each[metric], each["saved"]) for rule, each in rules.items()
-        }
     if "base, stage 1 twice" not in found["rows"]:
         found["rows"]["base, stage 1 twice"] = whole(run, baselines.longer(run))
     if FIRST not in found["curves"]:
@@ -292,7 +290,8 @@ def measured(run, systems, chosen):
             (saved, metric, metric) for metric, saved in points
         )  # to deal its exits is no change
     keep(run, found)
-    return found
+    curves = {name: found["curves"][name] for name in [*systems, FIRST]}  # in this order, and no others
+    return found | {"curves": curves, "heads": {name: found["heads"][name] for name in systems}}
 
 
 FIRST = "first k blocks"
@@ -369,7 +368,7 @@ def in_words(setting, epochs):
     if setting is None:
         return ""
     which, factor = setting if isinstance(setting, tuple) else (None, setting)
-    return (f"{which}, " if which else "") + f"{factor * epochs:g} epochs"
+    return (f"{which}, " if which else "") + f"{factor * epochs:.3g} epochs"
 
 
 def mean_and_deviation(values):
