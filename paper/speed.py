@@ -195,8 +195,9 @@ def draw(run, part, seconds):
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, sizes)
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set(
         xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.args.device})"
     )
