@@ -838,7 +838,8 @@ def load_run(path, stage=2, task=None):
             if type(about[key]) is not kind:
                 raise TypeError(f"{key} is no {kind.__name__}")
         times = about["seconds"]
-        if times.keys() - {"stage 1", "stage 2", "halting"} or not all(0 <= float(t) < 1e9 for t in times.values()):
+        plain = all(type(t) is float and 0 <= t < 1e9 for t in times.values())
+        if times.keys() - {"stage 1", "stage 2", "halting"} or not plain:
             raise ValueError("seconds of no training")
         config, max_tokens = bert.BertConfig.from_dict(about["config"], path), about["max_tokens"]
         if not 8 <= max_tokens <= config.max_tokens:

@@ -286,9 +286,8 @@ def measured(run, systems, chosen):
         for k in sorted({max(1, round(N * (1 - depth / 100))) for depth in DEPTHS.values()}):
             print(f"{run.folder}: the first {k} of {N} blocks")
             points.append(whole(run, baselines.first_blocks(run, k), k))
-        found["curves"][FIRST] = sorted(
-            (saved, metric, metric) for metric, saved in points
-        )  # to deal its exits is no change
+        # To deal exits out by chance that are all the same changes nothing.
+        found["curves"][FIRST] = sorted((saved, metric, metric) for metric, saved in points)
     keep(run, found)
     curves = {name: found["curves"][name] for name in [*systems, FIRST]}  # in this order, and no others
     return found | {"curves": curves, "heads": {name: found["heads"][name] for name in systems}}

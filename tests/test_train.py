@@ -557,8 +557,9 @@ def test_run_folder_that_is_not_one(toy_run, tmp_path, capsys):
     assert "takes 1 text" in fails(capsys, "--out", toy_run, "--explain", "x", "y")
     assert "stage 2 of a run" in fails(capsys, "--stage1", toy_run / "dact.pt", "--out", tmp_path / "new")
     saved = torch.load(toy_run / "dact.pt")
-    fields = [{"settings": 5}, {"seconds": None}, {"seconds": {"stage 1": math.nan}}, {"task": 1}, {"stage": "2"}, {"model": 5},
-              {"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"}, {"config": {}}]  # fmt: skip
+    fields = [{"settings": 5}, {"seconds": None}, {"seconds": {"stage 1": math.nan}}, {"seconds": {"stage 1": "5"}},
+              {"task": 1}, {"stage": "2"}, {"model": 5}, {"max_tokens": 1000}, {"max_tokens": 0}, {"max_tokens": "x"},
+              {"config": {}}]  # fmt: skip
     abouts = [{"about": json.dumps(json.loads(saved["about"]) | field)} for field in fields]
     parts = [
         {"about": torch.zeros(2)},
