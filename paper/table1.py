@@ -71,9 +71,7 @@ def main(argv):
     systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
     held_out = opened(flags, out / "held-out", split_off_a_fifth(args))
     time = hours(held_out, systems, own.seeds)
-    print(
-        f"the rest takes about {time:.1f} hours on this machine, less what is finished already; it can be interrupted"
-    )
+    print(f"the rest takes about {time:.1f} hours here, less what is finished already; it can be interrupted")
     chosen, form = choose(held_out, systems)
     results = []
     for seed in range(own.seeds):
@@ -125,7 +123,7 @@ def hours(run, systems, seeds):
 class Outcome(NamedTuple):
     """What a trained system does on a dev set of n examples."""
 
-    answers: torch.Tensor  # (N, n): the class that each block's head answers by itself
+    logits: torch.Tensor  # (N, n, C): what each block's head answers by itself
     leave: object  # x -> (labels (n,), exit blocks (n,)); the greater the knob x, the fewer blocks
     knob: list  # its settings; two are the ends of a range
 
@@ -133,9 +131,7 @@ class Outcome(NamedTuple):
 def by_entropy(run, logits):
     """Leave when the entropy of the answer is below S nats."""
     H = baselines.entropy(logits)
-    return Outcome(
-        logits.argmax(-1), lambda S: baselines.leave(logits, H < S), [0.0, 1.001 * math.log(len(run.labels))]
-    )
+    return Outcome(logits, lambda S: baselines.leave(logits, H < S), [0.0, 1.001 * math.log(len(run.labels))])
 
 
 def deebert(run, factor):
@@ -153,19 +149,17 @@ def fastbert(run, setting):
 def pabee(run, factor):
     (logits,) = train.outputs(baselines.pabee(run, factor * run.args.epochs), run.dev, run.args)
     steps = list(range(1 - len(logits), 1))  # t = 0: after block 1
-    return Outcome(
-        logits.argmax(-1), lambda x: baselines.simulate(logits, partial(baselines.patience_rule, t=-x)), steps
-    )
+    return Outcome(logits, lambda x: baselines.simulate(logits, partial(baselines.patience_rule, t=-x)), steps)
 
 
 def berxit(run, factor):
     logits, u = train.outputs(baselines.berxit(run, factor * run.args.epochs), run.dev, run.args)
-    return Outcome(logits.argmax(-1), lambda x: baselines.leave(logits, u.sigmoid() < x), [0.0, 1.001])
+    return Outcome(logits, lambda x: baselines.leave(logits, u.sigmoid() < x), [0.0, 1.001])
 
 
 def palbert(run, factor):
     logits, z = train.outputs(baselines.palbert(run, factor * run.args.epochs), run.dev, run.args)
-    return Outcome(logits.argmax(-1), lambda x: baselines.simulate_palbert(logits, z, 1 - x), [0.0, 1.0])
+    return Outcome(logits, lambda x: baselines.simulate_palbert(logits, z, 1 - x), [0.0, 1.0])
 
 
 def dact_over_tau(run, factor):
@@ -175,15 +169,14 @@ def dact_over_tau(run, factor):
     of_dev = train.Vectors(run.dact.backbone, run.dev, run.args)  # one backbone for all of them
     outputs = {tau: train.outputs(train.over_vectors(model), of_dev, run.args) for tau, model in models.items()}
     found = {tau: baselines.simulate_dact(y, h) for tau, (y, h) in outputs.items()}
-    return Outcome(outputs[run.args.tau][0].argmax(-1), found.get, sorted(found))
+    return Outcome(baselines.logits_of(run.dact, of_dev, run.args)[0], found.get, sorted(found))
 
 
 def dact_by_entropy(run, factor):
     """Section 3.1's confidence function on DACT's backbone and heads as stage 2 left them."""
     run = trained_longer(run, factor)
-    return by_entropy(
-        run, baselines.logits_of(run.dact, train.Vectors(run.dact.backbone, run.dev, run.args), run.args)[0]
-    )
+    of_dev = train.Vectors(run.dact.backbone, run.dev, run.args)
+    return by_entropy(run, baselines.logits_of(run.dact, of_dev, run.args)[0])
 
 
 def trained_longer(run, factor):
@@ -224,20 +217,25 @@ def curve(run, outcome):
     for x in settings:
         labels, exit_block = outcome.leave(x)
         metric, saved = point(run, labels, exit_block)
-        chance = train.by_chance(outcome.answers, exit_block, run.dev.labels, task, deals=50)
+        chance = train.by_chance(outcome.logits.argmax(-1), exit_block, run.dev.labels, task, deals=50)
         points.append([saved, metric, chance[data.TASKS[task].metrics[0]]])
     return sorted(points)
 
 
-def at(points, saved, column=1):
-    """A curve's value where so many percent of the blocks are saved."""
-    saved_there, *columns = np.array(points).T
-    return np.interp(saved, saved_there, columns[column - 1])
+def at(points, saved):
+    """A curve's metric where so many percent of the blocks are saved."""
+    points = np.array(points)
+    return np.interp(saved, points[:, 0], points[:, 1])
 
 
 def area(points):
     """The mean of a curve from 0 to 90 % of the blocks saved, in percent of the metric."""
     return float(at(points, GRID).mean())
+
+
+def read_off(points):
+    """What a table says of a curve: its metric at `DEPTHS`, and its area."""
+    return np.array([*at(points, list(DEPTHS.values())), area(points)])
 
 
 def first_metric(run, labels):
@@ -259,21 +257,23 @@ def choose(run, systems):
 
 
 def measured(run, systems, chosen):
-    """What there is to say of one seed's run: {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "heads":
-    {system: [metric of each block's head]}, "chosen": {system: its setting}}; its table1.json is gone on with."""
-    found = {"rows": {}, "curves": {}, "heads": {}, "chosen": {}} | kept(run)
+    """What there is to say of one seed's run: {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "by
+    entropy": {system: points if its heads left by their entropy}, "heads": {system: [metric of each block's head]},
+    "chosen": {system: its setting}}; its table1.json is gone on with."""
+    found = {"rows": {}, "curves": {}, "by entropy": {}, "heads": {}, "chosen": {}} | kept(run)
     metric, rules = data.TASKS[run.args.task].metrics[0], run.metrics["rules"]
     for row, each in {"majority class": run.metrics["majority"], "base": run.metrics["full"]}.items():
         found["rows"][row] = each[metric], 0.0
     for rule, each in rules.items():
         found["rows"][f"DACT, {train.RULE_NAMES[rule]}"] = each[metric], each["saved"]
     for number, (name, (outcome_of, _)) in enumerate(systems.items(), start=1):
-        if found["chosen"].get(name) == str(chosen[name]):
+        if found["chosen"].get(name) == str(chosen[name]) and name in found["by entropy"]:
             continue
         print(f"{run.folder}: {name}, system {number} of {len(systems)}")
         outcome = outcome_of(run, chosen[name])
         found["curves"][name] = curve(run, outcome)
-        found["heads"][name] = [first_metric(run, labels) for labels in outcome.answers]
+        found["by entropy"][name] = curve(run, by_entropy(run, outcome.logits))
+        found["heads"][name] = [first_metric(run, labels) for labels in outcome.logits.argmax(-1)]
         if name == "DeeBERT":
             for S in (0.25, 0.5, 0.75):
                 found["rows"][f"DeeBERT, S = {S:.2f}"] = point(run, *outcome.leave(S))
@@ -334,32 +334,33 @@ def markdown(args, chosen, form, results):
         both = [mean_and_deviation([result["rows"][row][i] for result in results]) for i in (0, 1)]
         of_paper = f"{paper[row][0]}, {paper[row][1]} % saved" if row in paper else ""
         lines.append(f"| {row} | {both[0]} | {both[1]} | {of_paper} |")
-    titles = [*DEPTHS, "half, exits by chance", "area", "chosen"]
-    lines += ["", f"| blocks saved | {' | '.join(titles)} |", "| --- |" + " ---: |" * 6 + " --- |"]
+    columns = f"{' | '.join(DEPTHS)} | area"
+    lines += ["", f"| blocks saved | {columns} | chosen |", "| --- |" + " ---: |" * 5 + " --- |"]
     for name in results[0]["curves"]:
-        curves = [result["curves"][name] for result in results]
-        cells = [mean_and_deviation([at(points, depth) for points in curves]) for depth in DEPTHS.values()]
-        cells += [
-            mean_and_deviation([at(points, 50, 2) for points in curves]),
-            mean_and_deviation(list(map(area, curves))),
-        ]
+        cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name]) for result in results)))
         lines.append(f"| {name} | {' | '.join(cells)} | {in_words(chosen.get(name), args.epochs)} |")
-    lines += ["", f"| {form} less ... | {' | '.join(DEPTHS)} | area |", "| --- |" + " ---: |" * 5]
-    for name in results[0]["curves"]:
-        if name != form:
-            pairs = [(result["curves"][form], result["curves"][name]) for result in results]
-            cells = [
-                interval([at(ours, depth) - at(theirs, depth) for ours, theirs in pairs]) for depth in DEPTHS.values()
-            ]
-            lines.append(
-                f"| {name} | {' | '.join(cells)} | {interval([area(ours) - area(theirs) for ours, theirs in pairs])} |"
-            )
+    lines += ["", f"| difference | {columns} |", "| --- |" + " ---: |" * 5]
+    found = [differences(result, form) for result in results]
+    for what in found[0]:
+        if any(np.any(each[what]) for each in found):  # a system that leaves by entropy is what entropy makes of it
+            lines.append(f"| {what} | {' | '.join(map(interval, zip(*(each[what] for each in found))))} |")
     N = len(results[0]["heads"][form])
     lines += ["", f"| the head of block | {' | '.join(str(n) for n in range(1, N + 1))} |", "| --- |" + " ---: |" * N]
     for name in results[0]["heads"]:
         means = np.mean([result["heads"][name] for result in results], axis=0)
         lines.append(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
     return "\n".join(lines) + "\n"
+
+
+def differences(result, form):
+    """{what: by how much (5,) one curve of a seed is above another}"""
+    curves = result["curves"]
+    found = {f"{form} less {name}": (curves[form], curves[name]) for name in curves if name != form}
+    for name in result["heads"]:
+        by_chance = [(saved, metric) for saved, _, metric in curves[name]]
+        found[f"{name} less its exits by chance"] = curves[name], by_chance
+        found[f"{name} less its heads by entropy"] = curves[name], result["by entropy"][name]
+    return {what: read_off(ours) - read_off(theirs) for what, (ours, theirs) in found.items()}
 
 
 def in_words(setting, epochs):

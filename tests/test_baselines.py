@@ -492,6 +492,7 @@ def test_table_1_from_nothing(tmp_path, capsys, monkeypatch):
     ]
     assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
     assert [saved for saved, *_ in found["curves"]["first k blocks"]] == pytest.approx([0, 100 / 3, 50, 200 / 3])
+    assert found["by entropy"]["DeeBERT"] == found["curves"]["DeeBERT"]
     for points in found["curves"].values():
         assert points == sorted(points) and all(0 <= x <= 100 for x in np.array(points).flat)
 
@@ -506,14 +507,15 @@ def test_a_curve_by_hand(run):
         return answers[exit_block - 1, torch.arange(len(dev))], exit_block
 
     half = 100 * (torch.arange(len(dev)) % 2 == 0).double().mean().item()
-    points = table1.curve(run, table1.Outcome(answers, leave, [0, 2, 3]))
+    logits = torch.nn.functional.one_hot(answers, 2).float()
+    points = table1.curve(run, table1.Outcome(logits, leave, [0, 2, 3]))
     assert points == [[0.0, 100.0, 100.0], [pytest.approx(100 / 3), 100.0, 100.0], [50.0, *[pytest.approx(half)] * 2]]
     assert table1.at(points, 100 / 3) == 100 and table1.at(points, 90) == pytest.approx(
         half
     )  # constant beyond its ends
     assert table1.at(points, 125 / 3) == pytest.approx((100 + half) / 2)  # linear between
     assert table1.area([[0, 80, 0], [90, 60, 0]]) == pytest.approx(70)
-    whole = table1.curve(run, table1.Outcome(answers, leave, [0.0, 5.0]))
+    whole = table1.curve(run, table1.Outcome(logits, leave, [0.0, 5.0]))
     assert len(whole) > 30 and whole[0][0] == 0 and whole[-1][0] == pytest.approx(500 / 6)
 
 
@@ -547,18 +549,18 @@ def test_the_tables_over_seeds():
 
     results = [
         {"rows": {"base": [60 + seed, 0.0], "DACT, rule (4)": [60, 10.0 * seed]},
-         "curves": {"DeeBERT": curve(0), "DACT, rule (4)": curve(2 + seed)}, "heads": {"DACT, rule (4)": [50, 54 + seed]}}
+         "curves": {"DeeBERT": curve(0), "DACT, rule (4)": curve(2 + seed)}, "by entropy": {"DACT, rule (4)": curve(4)},
+         "heads": {"DACT, rule (4)": [50, 54 + seed]}}
         for seed in (0, 1, 2)
     ]  # fmt: skip
     args = train.parse_arguments(["--task", "rte", "--model", "m"])
     text = table1.markdown(args, {"DeeBERT": ("code", 2)}, "DACT, rule (4)", results)
     assert "| base | 61.0 ± 1.0 | 0.0 ± 0.0 | 69.9, 0.0 % saved |" in text
     assert "| DACT, rule (4) | 60.0 ± 0.0 | 10.0 ± 10.0 | 62.7, 50.0 % saved |" in text
-    assert (
-        "| DeeBERT | 57.5 ± 0.0 | 56.7 ± 0.0 | 55.0 ± 0.0 | 52.5 ± 0.0 | 54.0 ± 0.0 | 55.5 ± 0.0 | code, 6 epochs |"
-        in text
-    )
-    assert text.count("| DeeBERT | +3.0 (+0.5 to +5.5), ahead |") == 1
+    assert "| DeeBERT | 57.5 ± 0.0 | 56.7 ± 0.0 | 55.0 ± 0.0 | 52.5 ± 0.0 | 55.5 ± 0.0 | code, 6 epochs |" in text
+    assert "| DACT, rule (4) less DeeBERT | +3.0 (+0.5 to +5.5), ahead |" in text
+    assert "| DACT, rule (4) less its exits by chance | +4.0 (+1.5 to +6.5), ahead |" in text
+    assert "| DACT, rule (4) less its heads by entropy | -1.0 (-3.5 to +1.5), level |" in text
     assert text.endswith("| the head of block | 1 | 2 |\n| --- | ---: | ---: |\n| DACT, rule (4) | 50.0 | 55.0 |\n")
     args.model = "my-roberta"
     assert "54.5, 63.1 % saved" in table1.markdown(args, {}, "DACT, rule (4)", results)
