@@ -27,7 +27,7 @@ def accumulate(y_n, h_n, a=None, p=None):
 
     paper    here  shape   meaning
     y_n      y_n   (B, C)  answer of block n: class probabilities, a softmax
-    h_n      h_n   (B,)    halting value of block n in (0, 1): 1 goes on, 0 stops
+    h_n      h_n   (B,)    halting value of block n in (0, 1), also called its confidence; yet 1 goes on, 0 stops
     a_{n-1}  a     (B, C)  the answer accumulated so far, left out at n = 1; comes back as a_n
     p_{n-1}  p     (B,)    the weight left to block n, left out at n = 1; comes back as p_n, left to the blocks after n
 
@@ -70,7 +70,7 @@ def dact_loss(a_N, h, label, tau):
     h_1 .. h_N  h           (N, B)        halting values of all blocks
     τ           tau         float         the price of a block in nats; 5e-3 in the paper
     """
-    # DIFFERS: (3) sums to the exit; in training every block runs, so to N. h_N weighs nothing in a_N, so it only costs.
+    # CHOICE: (3) sums to n; in training every block runs, so to N. h_N weighs nothing in a_N, so it only costs.
     return answer_loss(a_N, label), tau * h.sum(0).mean()  # (3)  L(x, y) + τ Σ hᵢ
 
 
@@ -98,18 +98,17 @@ def exact_rule(a, p, d):
     """The exact form of (4), ours: both sides (left, right), each (B,); halt after block n iff left >= right.
 
     Claim: it is the weakest safe condition that knows only a_n, p_n and d.
-    Let D_n >= 0 be the winner's lead over another class in a_n. By (1), one more block with answers y gives
-        D_{n+1} = D_n (1 - p_n) + p_n (y[winner] - y[other]) >= D_n (1 - p_n) - p_n,
-    that is 1 + D_{n+1} >= (1 + D_n) (1 - p_n). As p never rises, d blocks later 1 + D_N >= (1 + D_n) (1 - p_n)^d.
+    Let l_n >= 0 be the winner's lead over another class in a_n. By (1), one more block with answers y gives
+        l_{n+1} = l_n (1 - p_n) + p_n (y[winner] - y[other]) >= l_n (1 - p_n) - p_n,
+    that is 1 + l_{n+1} >= (1 + l_n) (1 - p_n). As p never rises, d blocks later 1 + l_N >= (1 + l_n) (1 - p_n)^d.
     Safe: if that is at least 1, no class overtakes the winner. (Only y[other] = 1 makes a tie; a softmax is below 1.)
     Exact: with h = 1 and y = all on the runner-up in every later block each step is an equality, so if it is below 1
     there is a future in which the winner falls.
 
-    It never stops later than (4). Write c, r for the two probabilities, q = (1 - p)^d; then q >= 1 - p d (Bernoulli).
-    If (4) holds, c q >= r + p d, then (1 + c - r) q = q + c q - r q >= q + p d + r (1 - q) >= 1.
+    It never stops later than (4). Write c, r for the two probabilities, q = (1 - p)^d. This rule is c q >= r q + 1 - q,
+    and (4) c q >= r + p d, where r >= r q and p d >= 1 - q (Bernoulli).
     """
-    # DIFFERS: (4) bounds winner and runner-up apart, as if one block could give its mass to both. Their difference is
-    # what decides, and its bound is tight.
+    # DIFFERS: (4) lets the runner-up keep all it has while the later blocks add to it; they shrink what it has, too.
     top, runner_up = a.topk(2, dim=1).values.unbind(1)
     # (1 + lead) q >= 1, written as lead q >= 1 - q. A small p is lost in 1 - q, but not in -expm1(d log(1 - p)).
     return (top - runner_up) * (1 - p) ** d, -torch.special.xlog1py(d, -p).expm1()
@@ -142,8 +141,8 @@ class Scale(nn.Module):
 class DactModule(nn.Module):
     """From the [CLS] vectors (B, D) of one block to its y_n (B, C) and h_n (B,).
 
-        [CLS] -+-> Linear + ReLU -> Linear + Softmax -> y_n
-               +-> Linear + ReLU -> Linear + Sigmoid -> h_n
+        [CLS] -> Scale -+-> Linear + ReLU -> Linear + Softmax -> y_n
+                        +-> Linear + ReLU -> Linear + Sigmoid -> h_n
     """
 
     def __init__(self, size, num_classes):

@@ -362,7 +362,7 @@ def blocks_used(exit_block, N):
 
 
 def by_chance(answers, exit_block, labels, task, deals=200):
-    """`scores` if chance dealt the same exits out among the examples; the choice of who leaves won what is beyond them.
+    """`scores` if chance dealt the same exits out among the examples: what is above them was won by choosing who leaves.
 
     answers (N, n): the class that each block's own y_n gives; a_n would still hold the halting values of its own
     example. exit_block (n,), from 1. The mean of so many deals.
@@ -405,7 +405,7 @@ def report(results, args):
         row("  its exits by chance", rules[rule]["by_chance"] | {"saved": rules[rule]["saved"]})
     row("untrained halting", results["control"])
     same = " and ".join(f"{rules[rule]['same_as_all_blocks']} ({title})" for rule, title in RULE_NAMES.items())
-    print(f"\nearly exit gives the answer of all blocks on {same} of {n} dev examples")
+    print(f"\nearly exit gives DACT's answer after all blocks on {same} of {n} dev examples")
     left = results["dact"]["exit_histogram"]
     print(f"by {RULE_NAMES[args.rule]} so many leave after block 1 to {len(left)}: " + " ".join(map(str, left)))
     for name, group in results["groups"].items():
@@ -521,12 +521,12 @@ def parse_arguments(argv):
     add("--precision", choices=PRECISIONS, help="default: bfloat16 on hardware that has it, else float32")
     add("--stage1", metavar="FILE", help="skip stage 1: start stage 2 from the stage1.pt of an earlier run")
     add("--submit", metavar="FOLDER", help="write the test predictions of the run in --out, as GLUE takes them")
-    add = parser.add_argument_group("the paper's settings").add_argument
+    add = parser.add_argument_group("the paper's setting").add_argument
     tau = "price of a block in equation (3), in nats (default: 0.035; toy: 0.05; the paper's: 5e-3)"
     add("--tau", type=number(*RANGES["tau"]), help=tau)
+    add = parser.add_argument_group("our settings").add_argument
     add("--epochs", type=number(*RANGES["epochs"]), help="passes in each stage (default: 3, DeeBERT's; toy: 16)")
     add("--max-tokens", type=number(*RANGES["max_tokens"]), default=128, help="longer inputs are cut (default: 128)")
-    add = parser.add_argument_group("our settings").add_argument
     add("--rule", choices=dact.RULES, default="paper", help="rule that answers: (4), or our exact one (default: paper)")
     add("--batch", type=number(*RANGES["batch"]), help="sequences in a batch (default: 32; toy: 64)")
     add("--lr", type=number(*RANGES["lr"]), help="peak learning rate of all but the heads (default: 5e-5; toy: 4e-4)")

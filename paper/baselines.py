@@ -8,11 +8,11 @@
                                     when the chance to have stopped passes q
     first k    the backbone cut after block k and fine-tuned: no decision at all
     DACT at another price: its halting units trained anew, all else as stage 2 left it
-    longer     stage 1 twice over: the control for what DACT's second stage gains by training alone
+    longer     stage 1 twice over: the control for what DACT's second stage gains by training longer
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-All can leave a batch through `dact.early_exit`: a rule is a function of what is known after block n. Over a whole dev
-set it is quicker to compute what every block says, and then where a rule would leave: the functions `simulate...`.
+DACT, DeeBERT, FastBERT and PABEE leave a batch through `dact.early_exit`. Over a whole dev set it is quicker to compute
+what every block says, and then where each would leave: `leave` and the functions `simulate...`.
 Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
 """
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     stage1: bert.BertClassifier
     dact: dact.DactBert
     tokenizer: object
-    train: data.Dataset
+    train_set: data.Dataset
     dev: data.Dataset
     splits: list  # both as `data.Examples`
     vectors: object  # () -> the [CLS] vectors of stage 1's backbone over the training set, computed at the first call
@@ -383,7 +383,7 @@ def berxit(run, epochs=None):
     def train_it(args, record):
         args.epochs = 3 * args.epochs
         model.eval().heads.requires_grad_(False)
-        vectors = train.Vectors(model.backbone, run.train, run.args)
+        vectors = train.Vectors(model.backbone, run.train_set, run.args)
         train.fit("BERxiT", train.over_vectors(model), as_stage(berxit_loss), vectors, args, record)
 
     train_or_load(run, f"BERxiT-{epochs or run.args.epochs:g}", model.unit, train_it)
@@ -401,7 +401,7 @@ def first_blocks(run, k):
 
 
 def longer(run):
-    """Stage 1 once more, from the weights that it left: a `BertClassifier` that has trained as long as DACT."""
+    """Stage 1 once more, from the weights that it left and without dropout, as DACT's stage 2: a `BertClassifier`."""
     model = copy.deepcopy(run.stage1)
     train.without_dropout(model.bert)
     return trained(run, "longer", model, train.stage1_loss)
@@ -413,7 +413,7 @@ def trained(run, name, model, loss, epochs=None):
 
     def train_it(args, record):
         args.epochs = epochs
-        train.fit(name, model.train(), loss, run.train, args, record)
+        train.fit(name, model.train(), loss, run.train_set, args, record)
 
     return train_or_load(run, f"{name}-{epochs:g}", model, train_it)
 
@@ -499,7 +499,7 @@ def dact_over_tau(run, taus):
 
     "The training of only the confidence functions" (section 3.1).
     """
-    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train, run.args))
+    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train_set, run.args, most=20_000))  # as train.run
 
     def at(tau):
         model = train.replaced(run.dact, heads=copy.deepcopy(run.dact.heads))

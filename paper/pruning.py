@@ -50,8 +50,8 @@ def last_block_reached(run):
     """K: the last block that a training example of the run reaches; prints where they leave."""
     N = len(run.dact.backbone.blocks)
     (variant,) = variants_of(run, {"DACT": run.dact}).values()
-    used = train.blocks_used(train.predict(variant, run.train, run.args).exit_block, N)
-    print(f"training   {len(run.train)} examples leave after block 1 .. {N}: {used['exit_histogram']}")
+    used = train.blocks_used(train.predict(variant, run.train_set, run.args).exit_block, N)
+    print(f"training   {len(run.train_set)} examples leave after block 1 .. {N}: {used['exit_histogram']}")
     return max(n for n, count in enumerate(used["exit_histogram"], start=1) if count)
 
 

@@ -291,7 +291,7 @@ def step_rows(config, device, precision, repetitions):
 def training_set(run, args, tokenizer, config):
     """The training set of --task, or the run's own."""
     if args.task in (None, run.args.task) and not args.model:
-        return run.train
+        return run.train_set
     task = args.task or run.args.task
     if task != "toy" and tokenizer.get_vocab_size() == len(train.TOY_VOCAB):
         raise data.InputError(f"the toy tokenizer cannot read {task}; add --model or a run on a task of GLUE")

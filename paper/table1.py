@@ -113,7 +113,7 @@ def hours(run, systems, seeds):
     joint = [name for name in systems if name in JOINT]
     choosing = sum(setting for name in joint for setting in SYSTEMS[name][1])  # in stages 1
     a_seed = 3 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)  # longer, first k; 1 or 2 each
-    halting = (3 + 1.5 * seeds) * len(TAUS) * run.metrics["seconds"]["halting"]
+    halting = (3 + 1.5 * seeds) * len(TAUS) * run.metrics["seconds"]["halting"]  # choosing: 1 and 2; then 1 or 2 a seed
     return ((choosing + seeds * a_seed) * run.metrics["seconds"]["stage1"] + halting) / 3600
 
 
@@ -327,12 +327,12 @@ def markdown(args, chosen, form, results):
     """The tables of a task and a model as Markdown."""
     task, model = args.task, Path(args.model).name
     metric, seeds = data.TASKS[task].metrics[0], len(results)
-    paper = PAPER["RoBERTa-base" if "roberta" in model.lower() else "BERT-base"].get(task, {})
+    paper = "RoBERTa-base" if "roberta" in model.lower() else "BERT-base"
     lines = [f"**{task}, {model}**, {seeds} seed(s), {metric} in percent", "",
-             "| | " + metric + " | blocks saved | in the paper |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
+             f"| as trained | {metric} | blocks saved | the paper's {paper} |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for row in results[0]["rows"]:
         both = [mean_and_deviation([result["rows"][row][i] for result in results]) for i in (0, 1)]
-        of_paper = f"{paper[row][0]}, {paper[row][1]} % saved" if row in paper else ""
+        of_paper = "{}, {} % saved".format(*PAPER[paper][task][row]) if row in PAPER[paper].get(task, {}) else ""
         lines.append(f"| {row} | {both[0]} | {both[1]} | {of_paper} |")
     columns = f"{' | '.join(DEPTHS)} | area"
     lines += ["", f"| blocks saved | {columns} | chosen |", "| --- |" + " ---: |" * 5 + " --- |"]
@@ -342,7 +342,7 @@ def markdown(args, chosen, form, results):
     lines += ["", f"| difference | {columns} |", "| --- |" + " ---: |" * 5]
     found = [differences(result, form) for result in results]
     for what in found[0]:
-        if any(np.any(each[what]) for each in found):  # a system that leaves by entropy is what entropy makes of it
+        if any(np.any(each[what]) for each in found):  # all 0 for what leaves by entropy itself
             lines.append(f"| {what} | {' | '.join(map(interval, zip(*(each[what] for each in found))))} |")
     N = len(results[0]["heads"][form])
     lines += ["", f"| the head of block | {' | '.join(str(n) for n in range(1, N + 1))} |", "| --- |" + " ---: |" * N]

@@ -167,7 +167,7 @@ def test_vectors_are_computed_once_and_only_if_asked_for(run, monkeypatch):
 
 def test_every_system_reads_on_one_scale_and_trains_without_dropout(run):
     """As DACT does: the frozen ramps on the scale of the training set, PABEE's as they train."""
-    pabee, batches = baselines.pabee(run), -(-len(run.train) // 32)  # one epoch of each
+    pabee, batches = baselines.pabee(run), -(-len(run.train_set) // 32)  # one epoch of each
     assert all(head.scale.steps == batches for head in run.dact.heads)
     assert all(ramp[0].steps == batches for ramp in pabee.heads[:-1])
     for model in (pabee.backbone, baselines.longer(run).bert):

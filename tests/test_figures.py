@@ -257,7 +257,7 @@ def test_pruned_heads_read_what_they_read(run):
 def test_the_last_block_that_an_example_reaches(run):
     """Cut to 4 blocks, some training examples leave early and some at block 4: K is the exit of the last of them."""
     run = run._replace(dact=pruning.prune(random_run(run).dact, 4))
-    exit_block = train.predict(run.dact.early_exit, run.train, run.args).exit_block
+    exit_block = train.predict(run.dact.early_exit, run.train_set, run.args).exit_block
     assert exit_block.min() < exit_block.max() == 4
     assert pruning.last_block_reached(run) == 4
 
