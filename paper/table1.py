@@ -206,9 +206,9 @@ JOINT = ("PABEE", "PALBERT", "DACT, rule (4)")  # that train a backbone
 
 
 def curve(run, outcome):
-    """[[blocks saved %, first metric %, the same if chance deals out the exits]], with the saving rising."""
-    N, task = len(run.dact.backbone.blocks), run.args.task
-    settings = outcome.knob
+    """[[blocks saved %, first metric %, what is won by who leaves where]], with the saving rising. What is won: the
+    metric of what the exits' own heads answer, less that of the same exits dealt out by chance."""
+    N, answers, settings = len(run.dact.backbone.blocks), outcome.logits.argmax(-1), outcome.knob
     if len(settings) == 2:
         low, high = settings
         depths = [blocks for blocks in N * (1 - GRID / 100) if blocks >= 1]
@@ -217,8 +217,9 @@ def curve(run, outcome):
     for x in settings:
         labels, exit_block = outcome.leave(x)
         metric, saved = point(run, labels, exit_block)
-        chance = train.by_chance(outcome.logits.argmax(-1), exit_block, run.dev.labels, task, deals=50)
-        points.append([saved, metric, chance[data.TASKS[task].metrics[0]]])
+        own, _ = point(run, answers[exit_block - 1, torch.arange(len(exit_block))], exit_block)
+        chance = train.by_chance(answers, exit_block, run.dev.labels, run.args.task, deals=50)
+        points.append([saved, metric, own - chance[data.TASKS[run.args.task].metrics[0]]])
     return sorted(points)
 
 
@@ -286,8 +287,7 @@ def measured(run, systems, chosen):
         for k in sorted({max(1, round(N * (1 - depth / 100))) for depth in DEPTHS.values()}):
             print(f"{run.folder}: the first {k} of {N} blocks")
             points.append(whole(run, baselines.first_blocks(run, k), k))
-        # To deal exits out by chance that are all the same changes nothing.
-        found["curves"][FIRST] = sorted((saved, metric, metric) for metric, saved in points)
+        found["curves"][FIRST] = sorted((saved, metric, 0.0) for metric, saved in points)
     keep(run, found)
     curves = {name: found["curves"][name] for name in [*systems, FIRST]}  # in this order, and no others
     return found | {"curves": curves, "heads": {name: found["heads"][name] for name in systems}}
@@ -354,13 +354,12 @@ def markdown(args, chosen, form, results):
 
 def differences(result, form):
     """{what: by how much (5,) one curve of a seed is above another}"""
-    curves = result["curves"]
-    found = {f"{form} less {name}": (curves[form], curves[name]) for name in curves if name != form}
+    curves = {name: read_off(points) for name, points in result["curves"].items()}
+    found = {f"{form} less {name}": curves[form] - curves[name] for name in curves if name != form}
     for name in result["heads"]:
-        by_chance = [(saved, metric) for saved, _, metric in curves[name]]
-        found[f"{name} less its exits by chance"] = curves[name], by_chance
-        found[f"{name} less its heads by entropy"] = curves[name], result["by entropy"][name]
-    return {what: read_off(ours) - read_off(theirs) for what, (ours, theirs) in found.items()}
+        found[f"{name}: its exits less chance's"] = read_off([(saved, won) for saved, _, won in result["curves"][name]])
+        found[f"{name}: its exits less entropy's"] = curves[name] - read_off(result["by entropy"][name])
+    return found
 
 
 def in_words(setting, epochs):

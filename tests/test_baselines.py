@@ -494,7 +494,7 @@ def test_table_1_from_nothing(tmp_path, capsys, monkeypatch):
     assert [saved for saved, *_ in found["curves"]["first k blocks"]] == pytest.approx([0, 100 / 3, 50, 200 / 3])
     assert found["by entropy"]["DeeBERT"] == found["curves"]["DeeBERT"]
     for points in found["curves"].values():
-        assert points == sorted(points) and all(0 <= x <= 100 for x in np.array(points).flat)
+        assert points == sorted(points) and all(0 <= x <= 100 for x in np.array(points)[:, :2].flat)
 
 
 def test_a_curve_by_hand(run):
@@ -509,12 +509,18 @@ def test_a_curve_by_hand(run):
     half = 100 * (torch.arange(len(dev)) % 2 == 0).double().mean().item()
     logits = torch.nn.functional.one_hot(answers, 2).float()
     points = table1.curve(run, table1.Outcome(logits, leave, [0, 2, 3]))
-    assert points == [[0.0, 100.0, 100.0], [pytest.approx(100 / 3), 100.0, 100.0], [50.0, *[pytest.approx(half)] * 2]]
+    zero = pytest.approx(0)  # all leave together
+    assert points == [[0.0, 100.0, zero], [pytest.approx(100 / 3), 100.0, zero], [50.0, pytest.approx(half), zero]]
     assert table1.at(points, 100 / 3) == 100 and table1.at(points, 90) == pytest.approx(
         half
     )  # constant beyond its ends
     assert table1.at(points, 125 / 3) == pytest.approx((100 + half) / 2)  # linear between
     assert table1.area([[0, 80, 0], [90, 60, 0]]) == pytest.approx(70)
+    # Who is right at block 1 leaves there, the others after block 6; the answer is wrong all the same. By chance right:
+    # all who are right at block 1, and of the others those who go on.
+    exit_block = torch.where(answers[0] == dev, 1, 6)
+    ((_, metric, won),) = table1.curve(run, table1.Outcome(logits, lambda _: (1 - dev, exit_block), [0]))
+    assert metric == 0 and won == pytest.approx(100 - half - (100 - half) ** 2 / 100, abs=1)
     whole = table1.curve(run, table1.Outcome(logits, leave, [0.0, 5.0]))
     assert len(whole) > 30 and whole[0][0] == 0 and whole[-1][0] == pytest.approx(500 / 6)
 
@@ -545,7 +551,7 @@ def test_an_interval_over_seeds_by_hand():
 
 def test_the_tables_over_seeds():
     def curve(shift):
-        return [[0, 60 + shift, 59], [100, 50 + shift, 49]]
+        return [[0, 60 + shift, 1 + shift], [100, 50 + shift, 1 + shift]]
 
     results = [
         {"rows": {"base": [60 + seed, 0.0], "DACT, rule (4)": [60, 10.0 * seed]},
@@ -559,8 +565,8 @@ def test_the_tables_over_seeds():
     assert "| DACT, rule (4) | 60.0 ± 0.0 | 10.0 ± 10.0 | 62.7, 50.0 % saved |" in text
     assert "| DeeBERT | 57.5 ± 0.0 | 56.7 ± 0.0 | 55.0 ± 0.0 | 52.5 ± 0.0 | 55.5 ± 0.0 | code, 6 epochs |" in text
     assert "| DACT, rule (4) less DeeBERT | +3.0 (+0.5 to +5.5), ahead |" in text
-    assert "| DACT, rule (4) less its exits by chance | +4.0 (+1.5 to +6.5), ahead |" in text
-    assert "| DACT, rule (4) less its heads by entropy | -1.0 (-3.5 to +1.5), level |" in text
+    assert "| DACT, rule (4): its exits less chance's | +4.0 (+1.5 to +6.5), ahead |" in text
+    assert "| DACT, rule (4): its exits less entropy's | -1.0 (-3.5 to +1.5), level |" in text
     assert text.endswith("| the head of block | 1 | 2 |\n| --- | ---: | ---: |\n| DACT, rule (4) | 50.0 | 55.0 |\n")
     args.model = "my-roberta"
     assert "54.5, 63.1 % saved" in table1.markdown(args, {}, "DACT, rule (4)", results)
