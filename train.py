@@ -59,6 +59,8 @@ RANGES = {
     "seed": (int, 0, 2**32 - 1), "tau": (float, 0, 1e3), "epochs": (float, 1e-3, 1e4), "max_tokens": (int, 8, 65536),
     "batch": (int, 1, 65536), "lr": (float, 1e-12, 1e3), "head_lr": (float, 1e-12, 1e3), "head_loss": (float, 0, 1e3),
 }  # fmt: skip
+# CHOICE: so many examples at most. Their vectors, 4 N D bytes each, fit into memory, and halting learns on them.
+MOST_FOR_HALTING = 20_000
 PRECISIONS = ("float32", "bfloat16")
 RULE_NAMES = {"paper": "rule (4)", "exact": "exact rule"}  # on the screen; the names on the left are --rule's
 
@@ -99,8 +101,7 @@ def run(args, splits=None):
         adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
         without_dropout(adaptive.backbone)
         fit("stage 2", adaptive, partial(stage2_loss, tau=args.tau, head_loss=args.head_loss), train_set, args, record)
-        # CHOICE: 20,000 examples at most. Their vectors, 4 N D bytes each, fit into memory, and halting learns on them.
-        learn_halting(adaptive, args.tau, Vectors(adaptive.backbone, train_set, args, most=20_000), args, record)
+        learn_halting(adaptive, args.tau, Vectors(adaptive.backbone, train_set, args, MOST_FOR_HALTING), args, record)
         save_model(args.out / "dact.pt", start._replace(model=adaptive, settings=settings, seconds=record.seconds))
 
     results = evaluate(stage1.eval(), adaptive.eval(), train_set, dev_set, args)
@@ -362,7 +363,7 @@ def blocks_used(exit_block, N):
 
 
 def by_chance(answers, exit_block, labels, task, deals=200):
-    """`scores` if chance dealt the same exits out among the examples: what is above them was won by choosing who leaves.
+    """`scores` if chance dealt the same exits out among the examples, to see what choosing who leaves is worth.
 
     answers (N, n): the class that each block's own y_n gives; a_n would still hold the halting values of its own
     example. exit_block (n,), from 1. The mean of so many deals.

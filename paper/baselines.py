@@ -499,7 +499,7 @@ def dact_over_tau(run, taus):
 
     "The training of only the confidence functions" (section 3.1).
     """
-    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train_set, run.args, most=20_000))  # as train.run
+    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train_set, run.args, train.MOST_FOR_HALTING))
 
     def at(tau):
         model = train.replaced(run.dact, heads=copy.deepcopy(run.dact.heads))

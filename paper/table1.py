@@ -217,7 +217,7 @@ def curve(run, outcome):
     for x in settings:
         labels, exit_block = outcome.leave(x)
         metric, saved = point(run, labels, exit_block)
-        own, _ = point(run, answers[exit_block - 1, torch.arange(len(exit_block))], exit_block)
+        own = first_metric(run, answers[exit_block - 1, torch.arange(len(exit_block))])
         chance = train.by_chance(answers, exit_block, run.dev.labels, run.args.task, deals=50)
         points.append([saved, metric, own - chance[data.TASKS[run.args.task].metrics[0]]])
     return sorted(points)
