@@ -24,7 +24,7 @@ def float64_and_seeded():
     torch.set_default_dtype(torch.float32)
 
 
-def random_said(N, B, C, sharpness=2.0):
+def random_outputs(N, B, C, sharpness=2.0):
     """Random answers and halting values of N blocks: y (N, B, C), h (N, B)."""
     return (torch.randn(N, B, C) * sharpness).softmax(-1), (torch.randn(N, B) * sharpness).sigmoid()
 
@@ -51,7 +51,7 @@ def test_docstring_examples():
 def test_final_answer_is_the_weighted_mean_of_all_answers():
     """Section 3: a_N is "the weighted average of all intermediate outputs"; its weights written out, from h alone."""
     N = 7
-    y, h = random_said(N, 50, 3)
+    y, h = random_outputs(N, 50, 3)
     p = [torch.ones(50)] + [h[:n].prod(0) for n in range(1, N + 1)]  # (2) as a product
     weights = []
     for n in range(1, N + 1):
@@ -64,7 +64,7 @@ def test_final_answer_is_the_weighted_mean_of_all_answers():
 
 
 def test_running_answers_are_distributions_and_p_falls():
-    y, h = random_said(12, 100, 4)
+    y, h = random_outputs(12, 100, 4)
     a, p = dact.accumulate_all(y, h)
     assert (a >= 0).all()
     torch.testing.assert_close(a.sum(-1), torch.ones(12, 100))
@@ -73,7 +73,7 @@ def test_running_answers_are_distributions_and_p_falls():
 
 
 def test_last_halting_value_weighs_nothing():
-    y, h = random_said(5, 4, 3)
+    y, h = random_outputs(5, 4, 3)
     h.requires_grad_()
     a, _ = dact.accumulate_all(y, h)
     (gradient,) = torch.autograd.grad(a[-1][:, 0].sum(), h)
@@ -81,7 +81,7 @@ def test_last_halting_value_weighs_nothing():
 
 
 def test_gradients_of_accumulator_and_loss():
-    y, h = random_said(4, 3, 3)
+    y, h = random_outputs(4, 3, 3)
     label = torch.tensor([0, 2, 1])
 
     def loss(logits, halt):
@@ -134,7 +134,7 @@ def test_each_rule_under_its_name():
 
 @pytest.mark.parametrize("rule", dact.RULES.values())
 def test_nothing_left_to_run_or_no_weight_left_always_halts(rule):
-    a = random_said(1, 200, 3)[0][0]
+    a = random_outputs(1, 200, 3)[0][0]
     for p, d in ((torch.ones(200), 0), (torch.zeros(200), 7)):
         left, right = rule(a, p, d)
         assert (left >= right).all()
@@ -142,7 +142,7 @@ def test_nothing_left_to_run_or_no_weight_left_always_halts(rule):
 
 @pytest.mark.parametrize("rule", dact.RULES.values())
 def test_full_weight_left_never_halts(rule):
-    left, right = rule(random_said(1, 200, 3)[0][0], torch.ones(200), 1)
+    left, right = rule(random_outputs(1, 200, 3)[0][0], torch.ones(200), 1)
     assert (left < right).all()  # one block with p = 1 replaces the whole answer
 
 
@@ -160,7 +160,7 @@ def worst_leads(rule, trials=2500, N=12):
     leads = []
     for C in (2, 3, 5):
         for sharpness in (0.5, 2.0, 5.0):
-            a, p = dact.accumulate_all(*random_said(N, trials, C, sharpness))
+            a, p = dact.accumulate_all(*random_outputs(N, trials, C, sharpness))
             for n in range(1, N):
                 left, right = rule(a[n - 1], p[n - 1], N - n)
                 a_n, p_n = a[n - 1][left >= right], p[n - 1][left >= right]
@@ -192,7 +192,7 @@ def test_the_adversary_has_teeth():
 def test_halting_never_changes_the_answer_in_random_futures(rule):
     halts = 0
     for C, sharpness in itertools.product((2, 3, 5), (0.5, 2.0, 8.0)):
-        a, p = dact.accumulate_all(*random_said(12, 3000, C, sharpness))
+        a, p = dact.accumulate_all(*random_outputs(12, 3000, C, sharpness))
         for n in range(1, 12):
             left, right = rule(a[n - 1], p[n - 1], 12 - n)
             halted = left >= right
@@ -219,7 +219,7 @@ def test_exact_rule_halts_exactly_when_no_future_can_flip():
 
 
 def test_exact_rule_never_stops_later_than_the_papers():
-    a, p = random_said(1, 100_000, 4)[0][0], torch.rand(100_000) ** 3
+    a, p = random_outputs(1, 100_000, 4)[0][0], torch.rand(100_000) ** 3
     earlier = 0
     for d in range(12):
         paper, exact = (torch.ge(*rule(a, p, d)) for rule in (dact.paper_rule, dact.exact_rule))

@@ -59,7 +59,7 @@ RANGES = {
     "seed": (int, 0, 2**32 - 1), "tau": (float, 0, 1e3), "epochs": (float, 1e-3, 1e4), "max_tokens": (int, 8, 65536),
     "batch": (int, 1, 65536), "lr": (float, 1e-12, 1e3), "head_lr": (float, 1e-12, 1e3), "head_loss": (float, 0, 1e3),
 }  # fmt: skip
-# CHOICE: so many examples at most. Their vectors, 4 N D bytes each, fit into memory, and halting learns on them.
+# CHOICE: halting learns on so many examples at most, for their vectors (4 N D bytes each) have to fit into memory.
 MOST_FOR_HALTING = 20_000
 PRECISIONS = ("float32", "bfloat16")
 RULE_NAMES = {"paper": "rule (4)", "exact": "exact rule"}  # on the screen; the names on the left are --rule's
@@ -250,14 +250,14 @@ class Vectors:
 
 
 class VectorBackbone(torch.nn.Module):
-    """Stands in for a backbone whose [CLS] vectors (B, N, D) are known: "block n" brings the n-th one to the front."""
+    """Stands in for a backbone whose [CLS] vectors (B, N, D) are known: a "block" drops the one before its own."""
 
     def __init__(self, N, size):
         super().__init__()
-        self.hidden_size, self.blocks = size, [lambda cls, mask: cls.roll(-1, 1)] * N
+        self.hidden_size, self.blocks = size, [lambda hidden, mask: hidden[:, 1:]] * N
 
     def embed(self, cls):
-        return cls.roll(1, 1)  # which block 1 undoes
+        return F.pad(cls, (0, 0, 1, 0))  # (B, 1 + N, D); what block 1 drops
 
 
 def over_vectors(model):
@@ -298,7 +298,7 @@ def evaluate(stage1, adaptive, train_set, dev, args):
     return {
         "majority": scores(majority, dev.labels, task),
         "full": found["stage 1"],
-        "dact": found[args.rule], "rules": {rule: found[rule] for rule in dact.RULES}, "control": found["untrained"],
+        "dact": found[args.rule], "rules": {rule: found[rule] for rule in dact.RULES}, "untrained": found["untrained"],
         "groups": by_group(predictions["stage 1"], predictions[args.rule], dev, task),
         "examples": len(dev), "seconds": seconds_of(timed, dev, args),
     }  # fmt: skip
@@ -404,7 +404,7 @@ def report(results, args):
     for rule, title in RULE_NAMES.items():
         row(f"DACT, {title}", rules[rule], results["seconds"]["dev_early_exit"] if rule == args.rule else None)
         row("  its exits by chance", rules[rule]["by_chance"] | {"saved": rules[rule]["saved"]})
-    row("untrained halting", results["control"])
+    row("untrained halting", results["untrained"])
     same = " and ".join(f"{rules[rule]['same_as_all_blocks']} ({title})" for rule, title in RULE_NAMES.items())
     print(f"\nearly exit gives DACT's answer after all blocks on {same} of {n} dev examples")
     left = results["dact"]["exit_histogram"]
@@ -699,8 +699,8 @@ def finished_stages(args):
 class Record:
     """How training goes, on the screen and in log.jsonl, and how long each stage took.
 
-    first: the log's first line. finished: the stages (`Saved`) that the run goes on from; if there are none, `folder`
-    loses the files of an earlier run, but for stage1.pt if keep_stage1: the run replaces it, perhaps by its own copy.
+    first: the log's first line. finished: the stages (`Saved`) that the run goes on from; if there are none, the files
+    of an earlier run in `folder` are deleted. keep_stage1 spares stage1.pt, from which the run may have started.
     lines: how many a stage shows and logs. The folder is this record's alone for as long as there is one.
     """
 
@@ -746,7 +746,7 @@ class Record:
         print(line, end="\r" if overwritten else "\n", flush=True)
 
     def finish(self, results):
-        """Write metrics.json; the other processes go."""
+        """Write metrics.json, and leave the other processes."""
         seconds = {stage.replace(" ", ""): took for stage, took in self.seconds.items()} | results["seconds"]
         content = results | {"seconds": seconds, "versions": VERSIONS}
         write_whole(self.folder / "metrics.json", json.dumps(content, indent=1).encode())

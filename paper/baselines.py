@@ -11,8 +11,8 @@
     longer     stage 1 twice over: the control for what DACT's second stage gains by training longer
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-DACT, DeeBERT, FastBERT and PABEE leave a batch through `dact.early_exit`. Over a whole dev set it is quicker to compute
-what every block says, and then where each would leave: `leave` and the functions `simulate...`.
+DACT and every `Exits` can leave a batch through `dact.early_exit`. To turn a rival's knob over a whole dev set it is
+quicker to compute what every block says once, and then where each would leave: `leave` and the functions `simulate...`.
 Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
 """
 
@@ -242,13 +242,6 @@ def simulate(logits, rule):
     return leave(logits, torch.stack(halts))
 
 
-def simulate_dact(y, h):
-    """Where DACT leaves by (4), and its answers, from y (N, n, C) and h (N, n)."""
-    a, p = dact.accumulate_all(y, h)
-    sides = [dact.paper_rule(a_n, p_n, len(y) - n) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)]
-    return leave(a, torch.stack([left >= right for left, right in sides]))
-
-
 def simulate_palbert(logits, z, q):
     """PALBERT's "Q-exit": leave at the first block by which the chance to have stopped is at least q."""
     return leave(logits, exit_chances(z).cumsum(0) >= q)
@@ -401,7 +394,7 @@ def first_blocks(run, k):
 
 
 def longer(run):
-    """Stage 1 once more, from the weights that it left and without dropout, as DACT's stage 2: a `BertClassifier`."""
+    """Stage 1 once more, from the weights that it left, as DACT's stage 2 without dropout in the backbone."""
     model = copy.deepcopy(run.stage1)
     train.without_dropout(model.bert)
     return trained(run, "longer", model, train.stage1_loss)

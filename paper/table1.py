@@ -52,7 +52,7 @@ PAPER = {
 TAUS = (0.005, 0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5)  # nats a block, beside the run's own
 DEPTHS = {"a quarter": 25, "a third": 100 / 3, "half": 50, "three quarters": 75}  # percent of the blocks saved
 GRID = np.arange(0, 91, 2.5)  # percent of the blocks saved; a curve's area is its mean here
-OURS = ("DACT, rule (4)", "DACT by entropy")
+OURS, FIRST = ("DACT, rule (4)", "DACT by entropy"), "first k blocks"
 
 
 def main(argv):
@@ -67,6 +67,8 @@ def main(argv):
     parser.add_argument("--out", help="folder for all of it (default: runs/table1-TASK)")
     own, flags = parser.parse_known_args(argv)
     args = train.parse_arguments(flags)
+    if args.stage1 or args.overwrite or args.explain or args.submit:
+        raise data.InputError("all runs are made from the start; leave --stage1, --overwrite, --explain, --submit out")
     out = data.own_path(own.out or f"runs/table1-{args.task}")
     systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
     held_out = opened(flags, out / "held-out", split_off_a_fifth(args))
@@ -85,8 +87,12 @@ def main(argv):
 
 
 def opened(flags, folder, splits=None):
-    """The run of train.py in `folder` with these flags, which is made or finished first."""
-    return made(train.parse_arguments([*flags, "--out", str(folder), "--resume"]), splits)
+    """The run of train.py in `folder` with these flags, made or finished first. InputError if it has others."""
+    args = train.parse_arguments([*flags, "--out", str(folder), "--resume"])
+    run = made(args, splits)
+    args.precision = run.args.precision if args.precision is None else args.precision
+    train.settings_of(args, run.splits, [train.load_run(folder / "dact.pt")])
+    return run
 
 
 def made(args, splits):
@@ -112,8 +118,10 @@ def hours(run, systems, seeds):
     """About how long all will take, from the times of a run: whole backbones, and halting at other prices."""
     joint = [name for name in systems if name in JOINT]
     choosing = sum(setting for name in joint for setting in SYSTEMS[name][1])  # in stages 1
-    a_seed = 3 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)  # longer, first k; 1 or 2 each
-    halting = (3 + 1.5 * seeds) * len(TAUS) * run.metrics["seconds"]["halting"]  # choosing: 1 and 2; then 1 or 2 a seed
+    # A seed: both stages and stage 1 twice, first k, and each joint system for once or twice the epochs
+    a_seed = 3 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)
+    # Each price for once and twice the epochs to choose, then for one of them a seed
+    halting = (3 + 1.5 * seeds) * len(TAUS) * run.metrics["seconds"]["halting"]
     return ((choosing + seeds * a_seed) * run.metrics["seconds"]["stage1"] + halting) / 3600
 
 
@@ -141,8 +149,9 @@ def deebert(run, factor):
 
 def fastbert(run, setting):
     """setting: (which divergence, factor). Its "speed" is the same knob in other units, S / log C."""
-    loss = {"paper": baselines.fastbert_loss, "code": partial(baselines.fastbert_loss, turned=True)}[setting[0]]
-    exits = baselines.ramps(run, loss, f"FastBERT-{setting[0]}", setting[1] * run.args.epochs)
+    which, factor = setting
+    loss = partial(baselines.fastbert_loss, turned=which == "code")
+    exits = baselines.ramps(run, loss, f"FastBERT-{which}", factor * run.args.epochs)
     return by_entropy(run, *train.outputs(exits, run.dev, run.args))
 
 
@@ -167,9 +176,9 @@ def dact_over_tau(run, factor):
     run = trained_longer(run, factor)
     models = {run.args.tau: run.dact, **baselines.dact_over_tau(run, TAUS)}
     of_dev = train.Vectors(run.dact.backbone, run.dev, run.args)  # one backbone for all of them
-    outputs = {tau: train.outputs(train.over_vectors(model), of_dev, run.args) for tau, model in models.items()}
-    found = {tau: baselines.simulate_dact(y, h) for tau, (y, h) in outputs.items()}
-    return Outcome(baselines.logits_of(run.dact, of_dev, run.args)[0], found.get, sorted(found))
+    found = {tau: train.predict(train.over_vectors(each).early_exit, of_dev, run.args) for tau, each in models.items()}
+    logits, _ = baselines.logits_of(run.dact, of_dev, run.args)
+    return Outcome(logits, lambda tau: (found[tau].label, found[tau].exit_block), sorted(found))
 
 
 def dact_by_entropy(run, factor):
@@ -229,14 +238,9 @@ def at(points, saved):
     return np.interp(saved, points[:, 0], points[:, 1])
 
 
-def area(points):
-    """The mean of a curve from 0 to 90 % of the blocks saved, in percent of the metric."""
-    return float(at(points, GRID).mean())
-
-
 def read_off(points):
-    """What a table says of a curve: its metric at `DEPTHS`, and its area."""
-    return np.array([*at(points, list(DEPTHS.values())), area(points)])
+    """What a table says of a curve: its metric at `DEPTHS`, and its area: its mean from 0 to 90 % saved."""
+    return np.array([*at(points, list(DEPTHS.values())), at(points, GRID).mean()])
 
 
 def first_metric(run, labels):
@@ -245,23 +249,25 @@ def first_metric(run, labels):
 
 def choose(run, systems):
     """On the dev set of `run`, the held-out fifth: ({system: the setting of the greatest area}, our better form)."""
-    found = kept(run)
+    found = load_found(run)
     for number, (name, (outcome_of, settings)) in enumerate(systems.items(), start=1):
         for setting in settings:
             if str(setting) not in found.setdefault(name, {}):
                 print(f"held-out fifth: {name}, setting {setting}, system {number} of {len(systems)}")
-                found[name][str(setting)] = area(curve(run, outcome_of(run, setting)))
-                keep(run, found)
+                found[name][str(setting)] = read_off(curve(run, outcome_of(run, setting)))[-1]
+                save_found(run, found)
         print(f"held-out fifth: {name}, area " + ", ".join(f"{found[name][str(x)]:.2f} ({x})" for x in settings))
     chosen = {name: max(settings, key=lambda x: found[name][str(x)]) for name, (_, settings) in systems.items()}
     return chosen, max(OURS, key=lambda name: max(found[name].values()))
 
 
 def measured(run, systems, chosen):
-    """What there is to say of one seed's run: {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "by
-    entropy": {system: points if its heads left by their entropy}, "heads": {system: [metric of each block's head]},
-    "chosen": {system: its setting}}; its table1.json is gone on with."""
-    found = {"rows": {}, "curves": {}, "by entropy": {}, "heads": {}, "chosen": {}} | kept(run)
+    """What there is to say of one seed's run, with what its table1.json has of it already.
+
+    {"rows": {row: [metric %, saved %]}, "curves": {system: points}, "by entropy": {system: points if its heads left by
+    their entropy}, "heads": {system: [metric of each block's head]}, "chosen": {system: its setting}}
+    """
+    found = {"rows": {}, "curves": {}, "by entropy": {}, "heads": {}, "chosen": {}} | load_found(run)
     metric, rules = data.TASKS[run.args.task].metrics[0], run.metrics["rules"]
     for row, each in {"majority class": run.metrics["majority"], "base": run.metrics["full"]}.items():
         found["rows"][row] = each[metric], 0.0
@@ -279,21 +285,19 @@ def measured(run, systems, chosen):
             for S in (0.25, 0.5, 0.75):
                 found["rows"][f"DeeBERT, S = {S:.2f}"] = point(run, *outcome.leave(S))
         found["chosen"][name] = str(chosen[name])
-        keep(run, found)
+        save_found(run, found)
     if "base, stage 1 twice" not in found["rows"]:
         found["rows"]["base, stage 1 twice"] = whole(run, baselines.longer(run))
     if FIRST not in found["curves"]:
         N, points = len(run.dact.backbone.blocks), [found["rows"]["base"]]
-        for k in sorted({max(1, round(N * (1 - depth / 100))) for depth in DEPTHS.values()}):
+        depths = [round(N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
+        for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0}):
             print(f"{run.folder}: the first {k} of {N} blocks")
             points.append(whole(run, baselines.first_blocks(run, k), k))
         found["curves"][FIRST] = sorted((saved, metric, 0.0) for metric, saved in points)
-    keep(run, found)
+    save_found(run, found)
     curves = {name: found["curves"][name] for name in [*systems, FIRST]}  # in this order, and no others
     return found | {"curves": curves, "heads": {name: found["heads"][name] for name in systems}}
-
-
-FIRST = "first k blocks"
 
 
 def whole(run, model, k=None):
@@ -308,14 +312,14 @@ def point(run, labels, exit_block):
     return first_metric(run, labels), train.blocks_used(exit_block, len(run.dact.backbone.blocks))["saved"]
 
 
-def kept(run):
+def load_found(run):
     """The content of a run's table1.json; {} if there is none."""
     path = run.trained / "table1.json"
     with data.reading(path, "delete it to measure again"):
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def keep(run, found):
+def save_found(run, found):
     run.trained.mkdir(exist_ok=True)
     train.write_whole(run.trained / "table1.json", json.dumps(found, indent=1).encode())
 
@@ -401,13 +405,9 @@ def draw(args, results):
         means = np.mean([at(result["curves"][name], GRID) for result in results], axis=0)
         line, width = ("-", 2) if name in OURS else ("--", 1.2)
         axis.plot(GRID, means, line, color=COLOURS[name], linewidth=width, label=name)
-    for row, mark, colour in (
-        ("base", "s", "k"),
-        ("DACT, rule (4)", "o", COLOURS[OURS[0]]),
-        ("DACT, exact rule", "*", COLOURS[OURS[0]]),
-    ):
+    for row, mark in (("base", "s"), ("DACT, rule (4)", "o"), ("DACT, exact rule", "*")):
         reached, saved = np.mean([result["rows"][row] for result in results], axis=0)
-        axis.plot(saved, reached, mark, color=colour, markersize=9, label=f"{row}, as trained")
+        axis.plot(saved, reached, mark, color=COLOURS.get(row, "k"), markersize=9, label=f"{row}, as trained")
     axis.axhline(results[0]["rows"]["majority class"][0], color="grey", linestyle=":", label="majority class")
     title = f"{args.task}, mean of {len(results)} seed(s)"
     axis.set(xlabel="blocks saved (%)", ylabel=f"{data.TASKS[args.task].metrics[0]} (%)", title=title)

@@ -118,7 +118,7 @@ def test_untrained_halting_halts_as_it_was_started(toy_run):
         torch.nn.init.constant_(head.halt[-1].bias, -20.0)
     results = train.evaluate(stage1.eval(), adaptive, dev, dev, hardware())
     assert results["dact"]["exit_histogram"] == [50, 0, 0, 0, 0, 0]
-    assert results["control"]["exit_histogram"] == [0, 0, 0, 0, 0, 50]
+    assert results["untrained"]["exit_histogram"] == [0, 0, 0, 0, 0, 50]
     assert results["dact"]["by_chance"]["accuracy"] == pytest.approx(results["dact"]["accuracy"])
     assert results["dact"]["same_as_all_blocks"] == results["examples"] == 50
     assert all((head.halt[-1].bias == -20).all() for head in adaptive.heads)  # it was a copy that was reset
