@@ -378,8 +378,8 @@ def read_config(path, files, tensors):
     values = read_json(path, file)
     if any("roberta." in name for name in tensors):
         values = {"model_type": "roberta"} | values
-        if values["model_type"] != "roberta":
-            raise InputError(f"{path}: {file} says {plain(values['model_type'])!r}, but the weights are a RoBERTa's")
+        if values["model_type"] == "bert":
+            raise InputError(f"{path}: {file} says 'bert', but the weights are a RoBERTa's; give the config of the weights")
     if "model_type" not in values and "vocab.json" in files:
         raise InputError(f'{path}: {file} does not say what it is; add "model_type", roberta or bert')
     return BertConfig.from_dict(values, f"{path}: {file}")
@@ -401,7 +401,7 @@ def check_tokenizer(tokenizer, config, source):
         if segment >= segments:
             raise ValueError(f"segment {segment} of the tokenizer does not fit the config's type_vocab_size {segments}")
         pad = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None), config.pad_token_id)
-        if pad != config.pad_token_id:
+        if config.first_position and pad != config.pad_token_id:  # from which RoBERTa counts positions
             raise ValueError(f"the tokenizer pads with {pad}, the config's pad_token_id is {config.pad_token_id}")
 
 
@@ -540,8 +540,9 @@ def read_file(path, name):
         if path.is_dir():
             return np.memmap(path / name, np.uint8, mode="c")  # refuses an empty file
         with zipfile.ZipFile(path) as zipped:
-            info, *more = [info for info in zipped.infolist() if Path(info.filename).name == name]
-            if more:
+            found = [(info.filename.count("/"), info) for info in zipped.infolist() if Path(info.filename).name == name]
+            (depth, info), *more = sorted(found, key=lambda each: each[0])  # another may lie in a folder further in
+            if more and more[0][0] == depth:
                 raise ValueError("it is there several times")
             if info.file_size > 10 * info.compress_size + 2**26:  # no weights and no text shrink so far
                 raise ValueError(f"it would have {info.file_size} bytes")

@@ -368,7 +368,7 @@ def parse_tsv(content, source, columns, header=()):
     Quotes are ordinary characters in GLUE: a csv reader with its default quoting swallows hundreds of rows of MRPC.
     Only "\\n" ends a line: str.splitlines would also cut at characters that occur inside sentences.
     """
-    again = "delete the file to download it again"
+    again = "is it this task's? if so, delete the file to download it again"
     if not content:
         raise InputError(f"{source}: the file is empty; {again}")
     with reading(source, f"it is not UTF-8; {again}"):

@@ -263,7 +263,7 @@ def described(run, attributions):
 
 # The command line of figures 3 and 4
 FLAGS = (
-    ("--examples", {"nargs": "+", "type": int, "default": [], "help": "dev examples, counted from 0"}),
+    ("--examples", {"nargs": "+", "type": int, "default": [], "help": "dev examples, counted from 0; after the folders"}),
     ("--steps", {"type": train.number(int, 2, 1024), "default": 8, "help": "of the integral over a piece of the line; "
                  "it is cut until the attributions add up to within 1 %% (default: 8)"}),
 )  # fmt: skip

@@ -543,8 +543,8 @@ def command(main):
     except (data.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; free some of it, or hide it (CUDA_VISIBLE_DEVICES=)", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: the memory is full; free some, or hide the GPU if it is its (CUDA_VISIBLE_DEVICES=)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)

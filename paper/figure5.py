@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import dact
 import train
 
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")  # DACT, DACT, DeeBERT, DeeBERT: for the colour-blind, too
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7")  # twice DACT, then DeeBERT: for the colour-blind, too
 SHADES = ("#9ecae1", "#4292c6", "#084594")  # of groups, from easy to hard
 HATCHES = ("", "///", "...", "xxx")  # without any colour
 

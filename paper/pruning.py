@@ -49,8 +49,7 @@ def variants_of(run, models):
 def last_block_reached(run):
     """K: the last block that a training example of the run reaches; prints where they leave."""
     N = len(run.dact.backbone.blocks)
-    (variant,) = variants_of(run, {"DACT": run.dact}).values()
-    used = train.blocks_used(train.predict(variant, run.train_set, run.args).exit_block, N)
+    used = train.blocks_used(train.predict(run.early_exit, run.train_set, run.args).exit_block, N)
     print(f"training   {len(run.train_set)} examples leave after block 1 .. {N}: {used['exit_histogram']}")
     return max(n for n, count in enumerate(used["exit_histogram"], start=1) if count)
 
@@ -87,9 +86,7 @@ def prune_run(run, keep):
         print(f"no block can be dropped: training examples reach block {N}; --keep K cuts after block K all the same")
         return
     path = save_pruned(run, K)
-    small = (
-        train.load_run(path, 2, run.args.task).model.to(run.args.device).eval()
-    )  # what others will load, not what we had
+    small = train.load_run(path, 2, run.args.task).model.to(run.args.device).eval()  # what others will load
     why = "as told" if keep else "which no training example reaches"
     print(f"dropped    block {K + 1} to {N}, {why}: {path}")
     models = {"unpruned": run.dact, "pruned": small}

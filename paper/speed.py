@@ -2,7 +2,7 @@
 
     python paper/speed.py                             runs/toy, and random weights of BERT-base's shape
     python paper/speed.py runs/mrpc --task rte        your run; an epoch over the lengths of another task
-    python paper/speed.py --model bert-base-uncased   the shape, the lengths and the loading of a real model
+    python paper/speed.py --model bert-base-uncased --task rte    the shape, the lengths and the loading of a real model
 
 Early exit is measured on finished runs, and drawn over batch sizes into the run's folder (speed.png). A training step
 and an epoch stand against `transformers`, with SDPA attention and the same AdamW, where that is installed.
@@ -45,6 +45,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)  # batches of the latency plot
 def main(argv):
     args = parse_arguments(argv)
     device, precision, reason = train.pick_hardware()
+    runs = [baselines.open_run(folder, args.data) for folder in args.runs]  # which may set the number of threads
     peaks = {dtype: peak(device, dtype) for dtype in dict.fromkeys(("float32", precision))}
     print(
         f"device     {device}, {precision} ({reason}), {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
@@ -53,7 +54,6 @@ def main(argv):
         print(f"peak       {flops / 1e9:.1f} GFLOP/s, measured on a product of two {dtype} matrices")
     if precision != "bfloat16":
         print(f"bfloat16   not run: {reason}; training is timed in {precision}")
-    runs = [baselines.open_run(folder, args.data) for folder in args.runs]
     config, tokenizer = runs[0].stage1.bert.config, runs[0].tokenizer
     if args.model:
         model, tokenizer = bert.load_pretrained(args.model, 2)
@@ -62,8 +62,9 @@ def main(argv):
     print(f"\n{'':<66}{'ratio':>8}{'goal':>10}")
     for run in runs:
         part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[: args.examples])
-        seconds = sweep(run, part, sorted({*SIZES, args.batch}), args.repetitions)
-        show(exit_rows(run, part, seconds, args.batch))
+        batch = min(args.batch, len(part))
+        seconds = sweep(run, part, sorted({batch, *(size for size in SIZES if size <= len(part))}), args.repetitions)
+        show(exit_rows(run, part, seconds, batch))
         draw(run, part, seconds)
     show(step_rows(config if args.model else BERT_BASE, device, precision, args.repetitions))
     show(epoch_rows(config, dataset, args.batch, device, precision, args.repetitions))
@@ -75,7 +76,7 @@ def main(argv):
 def parse_arguments(argv):
     parser = baselines.arguments(
         __doc__,
-        ("--model", {"help": "shape of training, tokenizer of --task, what is loaded (default: BERT-base's)"}),
+        ("--model", {"help": "shape of training and what is loaded (default: BERT-base's), of the epoch (the run's)"}),
         ("--task", {"help": "task whose lengths the epoch has (default: the first run's)"}),
         ("--batch", {"type": train.number(int, 2, 65536), "default": 32, "help": "sequences in a batch (default: 32)"}),
         ("--examples", {"type": train.number(int, 1, 10**6), "default": 128, "help": "of the dev set (default: 128)"}),
@@ -190,7 +191,7 @@ def draw(run, part, seconds):
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     sizes = sorted({size for size, _ in seconds})
     for variant, label in (("full", "full depth"), ("early", "early exit")):
-        latency = [1000 * statistics.median(seconds[size, variant]) / math.ceil(len(part) / size) for size in sizes]
+        latency = [1000 * statistics.median(seconds[size, variant]) * size / len(part) for size in sizes]
         axes.plot(sizes, latency, "o-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -224,6 +224,18 @@ def test_roberta_pairs_and_segments(tmp_path):
     assert tokenizer.encode("x <mask>").ids[2] == tokenizer.token_to_id("<mask>")  # the mask takes its space along
 
 
+def test_a_vocabulary_that_does_not_begin_with_pad(tmp_path):
+    """Google's config has no pad_token_id. In BERT pads are masked, so any token serves; RoBERTa counts from it."""
+    vocab = ["[MASK]", "[PAD]", *(token for token in VOCAB if token not in ("[MASK]", "[PAD]"))]
+    arrays = google_arrays()
+    _, tokenizer = bert.load_pretrained(write_google(tmp_path / "m", arrays, vocab=vocab[: len(VOCAB)]), 2)
+    assert tokenizer.token_to_id("[PAD]") == 1
+    folder = write_roberta(tmp_path / "r")[0]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))
+    refuse(folder, "the tokenizer pads with 1")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_padding_changes_no_answer(tmp_path, kind):
@@ -404,6 +416,8 @@ def test_a_roberta_whose_config_does_not_say_so(tmp_path):
     assert model.bert.config == expected.bert.config and model.bert.config.first_position == 2
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     refuse(folder, "the weights are a RoBERTa's")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "camembert"}))
+    refuse(folder, "model type 'camembert' cannot be read")
 
 
 def test_files_made_to_hurt(tmp_path, google):
@@ -429,6 +443,9 @@ def test_files_made_to_hurt(tmp_path, google):
         bert.read_file(tmp_path / "bomb.zip", "model.safetensors")
     with zipfile.ZipFile(tmp_path / "bomb.zip", "a") as zipped:
         zipped.writestr("b/vocab.txt", "the")
+    assert bert.load_pretrained(tmp_path / "bomb.zip", 2)[1].get_vocab_size() > 1  # a module's own, further in
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "a") as zipped, pytest.warns(UserWarning):
+        zipped.writestr("vocab.txt", "the")
     refuse(tmp_path / "bomb.zip", "vocab.txt", "several times")
     folder, _ = write_roberta(tmp_path / "r", safe=False)
     torch.save({1: torch.zeros(2)}, folder / "pytorch_model.bin")
