@@ -379,7 +379,7 @@ def read_config(path, files, tensors):
     if any("roberta." in name for name in tensors):
         values = {"model_type": "roberta"} | values
         if values["model_type"] == "bert":
-            raise InputError(f"{path}: {file} says 'bert', but the weights are a RoBERTa's; give the config of the weights")
+            raise InputError(f"{path}: {file} says 'bert', but the weights are a RoBERTa's; give their config")
     if "model_type" not in values and "vocab.json" in files:
         raise InputError(f'{path}: {file} does not say what it is; add "model_type", roberta or bert')
     return BertConfig.from_dict(values, f"{path}: {file}")

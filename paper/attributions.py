@@ -169,11 +169,24 @@ def words_of(run, i):
     return [token.lstrip("\u2581\u0120") or "␣" for token in tokens]  # SentencePiece's mark, and byte-level BPE's
 
 
-def hardest_first(run):
-    """The indices of the dev examples, those of the last group (the toy's level 3) first, where there are groups."""
-    groups = run.dev.groups or [""] * len(run.dev)
+def halted(run, i):
+    """What DACT says about dev example i: `dact.Halted`."""
+    return run.early_exit(*inputs_of(run, i))
+
+
+def first_right(run, wanted, other=None):
+    """The first dev examples that are answered right, those of the last group (the toy's level 3) before all others.
+
+    other: labels (n,) that another system gives, which must be right, too. Raises InputError if there are too few.
+    """
+    groups, labels, found = run.dev.groups or [""] * len(run.dev), run.dev.labels, []
     hardest = max(groups)
-    return sorted(range(len(run.dev)), key=lambda i: groups[i] != hardest)
+    for i in sorted(range(len(labels)), key=lambda i: groups[i] != hardest):
+        if (other is None or other[i] == labels[i]) and halted(run, i).label.item() == labels[i]:
+            found.append(i)
+        if len(found) == wanted:
+            return found
+    raise data.InputError(f"{run.folder}: {len(found)} of {wanted} example(s) answered right; choose by --examples")
 
 
 def check_examples(run, examples):

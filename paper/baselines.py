@@ -544,7 +544,7 @@ def command(main):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (torch.OutOfMemoryError, MemoryError):
-        print("error: the memory is full; free some, or hide the GPU if it is its (CUDA_VISIBLE_DEVICES=)", file=sys.stderr)
+        print("error: the memory is full; free some, or hide a full GPU (CUDA_VISIBLE_DEVICES=)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)

@@ -20,7 +20,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-import data
 import train
 
 TITLE = "Integrated Gradients of the log-odds of the predicted class"
@@ -51,7 +50,7 @@ def main(argv):
 
         S = baselines.bisect_to_depth(deebert, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
         labels, _ = deebert(S)
-        examples = args.examples or first_right(run, labels)
+        examples = args.examples or attributions.first_right(run, 2, labels)
         rows = {i: [deebert_row(run, exits, S, i, args.steps), dact_row(run, i, args.steps)] for i in examples}
         text = page(run, rows).encode()
         train.write_whole(run.folder / "figure3.html", text)
@@ -62,25 +61,8 @@ def main(argv):
         print(f"saved {run.folder / 'figure3.html'} and {run.folder / 'figure3.png'}")
 
 
-def first_right(run, deebert_labels, wanted=2):
-    """The first dev examples that both systems answer right. deebert_labels: (examples,), what DeeBERT answers."""
-    found = []
-    for i in attributions.hardest_first(run):
-        if deebert_labels[i] == run.dev.labels[i] == dact_answer(run, i).label.item():
-            found.append(i)
-        if len(found) == wanted:
-            return found
-    raise data.InputError(f"{run.folder}: no {wanted} examples that both systems answer right; choose by --examples")
-
-
-def dact_answer(run, i):
-    """What DACT says about dev example i: `dact.Halted`."""
-    return run.early_exit(*attributions.inputs_of(run, i))
-
-
 def dact_row(run, i, steps):
-    halted = dact_answer(run, i)
-    return row("DACT-BERT", run, run.dact, halted, attributions.dact_answer, i, steps)
+    return row("DACT-BERT", run, run.dact, attributions.halted(run, i), attributions.dact_answer, i, steps)
 
 
 def deebert_row(run, exits, S, i, steps):

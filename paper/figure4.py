@@ -13,7 +13,6 @@ import attributions
 import baselines
 import torch
 from attributions import COLOURS, MARKED
-from figure3 import dact_answer
 from matplotlib.figure import Figure
 
 import data
@@ -26,8 +25,8 @@ def main(argv):
     for folder in args.runs:
         run = baselines.open_run(folder, args.data)
         attributions.check_examples(run, args.examples)
-        i = args.examples[0] if args.examples else first_right(run)
-        halted = dact_answer(run, i)
+        i = (args.examples or attributions.first_right(run, 1))[0]
+        halted = attributions.halted(run, i)
         n, label = halted.exit_block.item(), halted.label.item()
         halting, output, conductance = attribute(run, i, n, label, args.steps)
         with torch.no_grad():
@@ -39,14 +38,6 @@ def main(argv):
         print_neurons(conductance, h)
         draw(run, i, h, answer, (halting, output, conductance), run.folder / "figure4.png")
         print(f"saved {run.folder / 'figure4.png'}")
-
-
-def first_right(run):
-    """The first dev example that DACT answers right, of the last group where there are groups."""
-    for i in attributions.hardest_first(run):
-        if dact_answer(run, i).label.item() == run.dev.labels[i]:
-            return i
-    raise data.InputError(f"{run.folder}: no example is answered right; choose one by --examples")
 
 
 def attribute(run, i, n, label, steps):

@@ -300,12 +300,12 @@ def test_figure3_leaves_a_page_and_a_picture(toy_run, capsys):
 def test_figure3_takes_the_first_that_both_answer_right(toy_run):
     run = baselines.open_run(toy_run)
     order = sorted(range(len(run.dev)), key=lambda i: run.dev.groups[i] != "level 3")  # the hardest first
-    right = [i for i in order if figure3.dact_answer(run, i).label.item() == run.dev.labels[i]]
+    right = [i for i in order if attributions.halted(run, i).label.item() == run.dev.labels[i]]
     deebert = run.dev.labels.clone()
     deebert[right[0]] = 1 - deebert[right[0]]  # of those, DeeBERT misses the first
-    assert figure3.first_right(run, deebert) == right[1:3]
-    with pytest.raises(data.InputError, match="no 2 examples"):
-        figure3.first_right(run, 1 - run.dev.labels)
+    assert attributions.first_right(run, 2, deebert) == right[1:3] and attributions.first_right(run, 1) == right[:1]
+    with pytest.raises(data.InputError, match="0 of 2 example"):
+        attributions.first_right(run, 2, 1 - run.dev.labels)
 
 
 def test_signs_and_sizes_are_seen_without_colour():
