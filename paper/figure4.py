@@ -117,7 +117,7 @@ def bars(axis, nats, N):
     axis.axhline(len(nats) - 0.5, color="black", linewidth=1.5)
     axis.set(ylim=(N - 0.5, -0.5), yticks=[])
     axis.set_title("conductance by block", size=12)
-    axis.set_xlabel(f"change of log p_{len(nats)} from the baseline (nats)", size=11)
+    axis.set_xlabel(f"change of log p_{len(nats)} (nats)", size=10)
 
 
 if __name__ == "__main__":
