@@ -540,9 +540,10 @@ def read_file(path, name):
         if path.is_dir():
             return np.memmap(path / name, np.uint8, mode="c")  # refuses an empty file
         with zipfile.ZipFile(path) as zipped:
-            found = [(info.filename.count("/"), info) for info in zipped.infolist() if Path(info.filename).name == name]
-            (depth, info), *more = sorted(found, key=lambda each: each[0])  # another may lie in a folder further in
-            if more and more[0][0] == depth:
+            found = [info for info in zipped.infolist() if Path(info.filename).name == name]
+            depth = min(info.filename.count("/") for info in found)  # further in lie those of the model's modules
+            info, *more = [info for info in found if info.filename.count("/") == depth]
+            if more:
                 raise ValueError("it is there several times")
             if info.file_size > 10 * info.compress_size + 2**26:  # no weights and no text shrink so far
                 raise ValueError(f"it would have {info.file_size} bytes")

@@ -49,6 +49,7 @@ class Run(NamedTuple):
     trained: Path  # the folder in it for what is trained and measured beside the run
     args: argparse.Namespace  # the settings that metrics.json holds; data, device, precision
     metrics: dict  # metrics.json
+    settings: dict  # what decides its numbers; see `train.settings_of`
     stage1: bert.BertClassifier
     dact: dact.DactBert
     tokenizer: object
@@ -89,8 +90,9 @@ def open_run(folder, data_folder=None, splits=None):
     train_set, dev_set = (first.dataset(split) for split in splits)
     vectors = cache(partial(train.Vectors, models[0].bert, train_set, args))
     return Run(
-        folder, trained_folder(folder), args, metrics, *models, first.tokenizer, train_set, dev_set, splits, vectors
-    )
+        folder, trained_folder(folder), args, metrics, second.settings, *models, first.tokenizer, train_set, dev_set,
+        splits, vectors,
+    )  # fmt: skip
 
 
 # The part of metrics.json that is relied on here
@@ -394,7 +396,7 @@ def first_blocks(run, k):
 
 
 def longer(run):
-    """Stage 1 once more, from the weights that it left, as DACT's stage 2 without dropout in the backbone."""
+    """Stage 1 once more, from what it left, as DACT's stage 2 without dropout in the backbone: a `BertClassifier`."""
     model = copy.deepcopy(run.stage1)
     train.without_dropout(model.bert)
     return trained(run, "longer", model, train.stage1_loss)

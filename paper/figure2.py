@@ -3,9 +3,9 @@
     python paper/figure2.py runs/mrpc runs/qnli runs/rte      # a panel each; leaves runs/mrpc/figure2.png
 
 A point is a head: the entropy in nats of the distribution that a token attends with, averaged over the real tokens of
-the first --examples of the dev set. 0: the head looks at one token; log T: evenly at all T. DeeBERT's backbone is that of stage 1, for its
-ramps are trained on it frozen. All blocks are run on all examples, also those that early exit never comes to: they are
-shaded, and below each block stands the share of the examples that reach it.
+the first --examples of the dev set. 0: the head looks at one token; log T: evenly at all T. DeeBERT's backbone is that
+of stage 1, for its ramps are trained on it frozen. All blocks are run on all examples, also those that early exit never
+comes to: they are shaded, and below each block stands the share of the examples that reach it.
 
 Shapes: B sequences, T tokens, D hidden size, H heads, N blocks.
 """

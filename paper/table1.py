@@ -90,8 +90,8 @@ def opened(flags, folder, splits=None):
     """The run of train.py in `folder` with these flags, made or finished first. InputError if it has others."""
     args = train.parse_arguments([*flags, "--out", str(folder), "--resume"])
     run = made(args, splits)
-    args.precision = run.args.precision if args.precision is None else args.precision
-    train.settings_of(args, run.splits, [train.load_run(folder / "dact.pt")])
+    args.precision = args.precision or run.args.precision
+    train.settings_of(args, run.splits, [run])  # asked for, and found
     return run
 
 

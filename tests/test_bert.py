@@ -227,8 +227,7 @@ def test_roberta_pairs_and_segments(tmp_path):
 def test_a_vocabulary_that_does_not_begin_with_pad(tmp_path):
     """Google's config has no pad_token_id. In BERT pads are masked, so any token serves; RoBERTa counts from it."""
     vocab = ["[MASK]", "[PAD]", *(token for token in VOCAB if token not in ("[MASK]", "[PAD]"))]
-    arrays = google_arrays()
-    _, tokenizer = bert.load_pretrained(write_google(tmp_path / "m", arrays, vocab=vocab[: len(VOCAB)]), 2)
+    _, tokenizer = bert.load_pretrained(write_google(tmp_path / "m", google_arrays(), vocab=vocab), 2)
     assert tokenizer.token_to_id("[PAD]") == 1
     folder = write_roberta(tmp_path / "r")[0]
     config = json.loads((folder / "config.json").read_text())
