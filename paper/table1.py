@@ -291,7 +291,7 @@ def measured(run, systems, chosen):
     if FIRST not in found["curves"]:
         N, points = len(run.dact.backbone.blocks), [found["rows"]["base"]]
         depths = [round(N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
-        for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0}):
+        for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0, N}):
             print(f"{run.folder}: the first {k} of {N} blocks")
             points.append(whole(run, baselines.first_blocks(run, k), k))
         found["curves"][FIRST] = sorted((saved, metric, 0.0) for metric, saved in points)
