@@ -46,10 +46,12 @@ def accumulate(y_n, h_n, a=None, p=None):
 
 def accumulate_all(y, h):
     """All running answers of N blocks at once: y (N, B, C), h (N, B) -> a (N, B, C), p (N, B); a[-1] is a_N."""
-    steps = [()]
+    a = p = None
+    steps = []
     for y_n, h_n in zip(y, h):
-        steps.append(accumulate(y_n, h_n, *steps[-1]))
-    return tuple(torch.stack(column) for column in zip(*steps[1:]))
+        a, p = accumulate(y_n, h_n, a, p)
+        steps.append((a, p))
+    return tuple(torch.stack(column) for column in zip(*steps))
 
 
 # ---- Equation (3): the loss -----------------------------------------------------------------------------------------
@@ -59,11 +61,11 @@ def answer_loss(a, label):
     """L(x, y): the negative log of the probability that answers a (B, C) give to the labels (B,), a mean in nats."""
     # a is a distribution already. Cross-entropy on it would take a second softmax, and the loss could never reach 0.
     of_label = a.gather(1, label[:, None])  # Pr(label) in a                                              (B, 1)
-    return -of_label.clamp(min=1e-8).log().mean()  # away from 0: log(0) would end the training in NaN
+    return -of_label.clamp(min=1e-8).log().mean()  # log(0) would end the training in NaN; below 1e-8 nothing is learned
 
 
 def dact_loss(a_N, h, label, tau):
-    """The loss of stage 2, equation (3), in the two terms that it is the sum of, (answer, price), in nats.
+    """The loss of stage 2, equation (3), as its two terms: (answer, price), in nats. Training takes their sum.
 
     paper       here        shape         meaning
     L(x, y)     a_N, label  (B, C), (B,)  see `answer_loss`
@@ -111,7 +113,8 @@ def exact_rule(a, p, d):
     # DIFFERS: (4) lets the runner-up keep all it has while the later blocks add to it; they shrink what it has, too.
     top, runner_up = a.topk(2, dim=1).values.unbind(1)
     # (1 + lead) q >= 1, written as lead q >= 1 - q. A small p is lost in 1 - q, but not in -expm1(d log(1 - p)).
-    return (top - runner_up) * (1 - p) ** d, -torch.special.xlog1py(d, -p).expm1()
+    log_q = (d * torch.log1p(-p)).nan_to_num()  # 0 where d = 0, also if p = 1
+    return (top - runner_up) * (1 - p) ** d, -log_q.expm1()
 
 
 RULES = {"paper": paper_rule, "exact": exact_rule}
@@ -129,8 +132,8 @@ class Scale(nn.Module):
 
     def forward(self, cls):
         if self.training:
-            # CHOICE: mean and variance of about the last 20 batches. nn.BatchNorm1d takes those of the batch alone in
-            # training, and one example has no variance.
+            # CHOICE: mean and variance of about the last 20 batches. nn.BatchNorm1d takes those of the batch alone, and
+            # sentences of one batch are of one length: on the toy task easy ones then left after hard ones.
             self.steps += 1
             rate = 1 / self.steps.clamp(max=20)
             self.mean.lerp_(cls.detach().mean(0), rate)
@@ -139,10 +142,10 @@ class Scale(nn.Module):
 
 
 class DactModule(nn.Module):
-    """From the [CLS] vectors (B, D) of one block to its y_n (B, C) and h_n (B,).
+    """Figure 1: from the [CLS] vectors (B, D) of one block to its y_n (B, C) and h_n (B,).
 
-        [CLS] -> Scale -+-> Linear + ReLU -> Linear + Softmax -> y_n
-                        +-> Linear + ReLU -> Linear + Sigmoid -> h_n
+    [CLS] -> Scale (ours) -> Linear + ReLU -+-> Linear + Softmax -> y_n
+                                            +-> Linear + Sigmoid -> h_n
     """
 
     def __init__(self, size, num_classes):
@@ -150,70 +153,37 @@ class DactModule(nn.Module):
         # DIFFERS: in the early blocks of a pretrained BERT [CLS] hardly differs between inputs, by 0.0006 in block 2 of
         # a 12-block model and by 0.17 in block 11. A layer that reads it as it is learns a constant there.
         self.scale = Scale(size)
-        # CHOICE: the figure gives no width.
-        self.answer = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, num_classes))
-        # DIFFERS: in the figure y_n and h_n share one Linear + ReLU. Halting learns once more when the answers are
-        # done (train.py), and could not move a layer that is theirs.
-        self.halt = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 1))
+        self.shared = nn.Linear(size, size)  # CHOICE: the figure gives no width
+        self.answer = nn.Linear(size, num_classes)
+        self.halt = nn.Linear(size, 1)
         self.reset_halting()
 
     def reset_halting(self):
         """Untrained halting: h_n = sigmoid(2) = 0.88 for every input."""
         # CHOICE: flat and open. By (4), twelve such blocks stop at most one block early, so what is saved beyond that
         # has been learned. At h = 0.5, blocks 1-3 would hold 77 % of a_N and know nothing of the task yet.
-        self.halt[0].reset_parameters()
-        nn.init.zeros_(self.halt[-1].weight)
-        nn.init.constant_(self.halt[-1].bias, 2.0)
-
-    def logits(self, cls):
-        """y_n before its softmax (B, C), h_n before its sigmoid (B,)."""
-        # Half precision would round a small p and 1 - p away, so the head leaves autocast.
-        with torch.autocast(cls.device.type, enabled=False):
-            cls = self.scale(cls.to(self.scale.mean.dtype))
-            return self.answer(cls), self.halt(cls).squeeze(-1)  # Linear + ReLU + Linear, twice
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, 2.0)
 
     def forward(self, cls):
-        y_n, h_n = self.logits(cls)
-        return y_n.softmax(-1), h_n.sigmoid()  # a softmax *before* it is accumulated                 (B, C), (B,)
+        # Half precision would round a small p and 1 - p away, so the head leaves autocast.
+        with torch.autocast(cls.device.type, enabled=False):
+            hidden = self.shared(self.scale(cls.to(self.scale.mean.dtype))).relu()  # (B, D)
+            y_n = self.answer(hidden).softmax(-1)  # a softmax *before* it is accumulated                 (B, C)
+            h_n = self.halt(hidden).sigmoid().squeeze(-1)  # (B,)
+            return y_n, h_n
+
+
+class Heads(nn.ModuleList):
+    """The DACT modules of all N blocks: a network of their own on the [CLS] vectors of a backbone."""
+
+    def forward(self, cls):
+        """cls: the [CLS] vectors (B, D) after each block, in turn, or one tensor (N, B, D) -> y (N, B, C), h (N, B)."""
+        outputs = [head(cls_n) for head, cls_n in zip(self, cls)]
+        return tuple(torch.stack(column) for column in zip(*outputs))
 
 
 # ---- The model: training over all blocks, inference with early exit -------------------------------------------------
-
-
-class DactBert(nn.Module):
-    """A backbone (see the top of this file; used, not copied) with a DACT module after every block: figure 1."""
-
-    def __init__(self, backbone, num_classes):
-        super().__init__()
-        self.backbone = backbone
-        self.heads = nn.ModuleList(DactModule(backbone.hidden_size, num_classes) for _ in backbone.blocks)
-
-    def forward(self, *inputs):
-        """All N blocks answer, as in training. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
-        outputs = [head(cls) for head, cls in zip(self.heads, cls_after_blocks(self.backbone, inputs))]
-        return tuple(torch.stack(column) for column in zip(*outputs))
-
-    def early_exit(self, *inputs, rule=paper_rule):
-        """Inference: every sequence leaves the batch at the first block where `rule` holds. Returns `Halted`.
-
-        inputs: as for `forward`. rule: (a, p, d) -> (left, right), as `paper_rule`.
-        """
-
-        def step(n, cls, state):
-            y_n, h_n = self.heads[n - 1](cls)
-            a, p = accumulate(y_n, h_n, *state)
-            left, right = rule(a, p, len(self.heads) - n)  # after block N d is 0, and both rules hold
-            return a, left >= right, (a, p)
-
-        return early_exit(self.backbone, inputs, step)
-
-
-def cls_after_blocks(backbone, inputs):
-    """Run all blocks on a batch; yields the [CLS] vectors (B, D) after each."""
-    hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
-    for block in backbone.blocks:
-        hidden = block(hidden, mask)
-        yield hidden[:, 0]
 
 
 class Halted(NamedTuple):
@@ -224,31 +194,51 @@ class Halted(NamedTuple):
     exit_block: torch.Tensor  # (B,) int64, n of the exit, 1 to N
 
 
-@torch.no_grad()
-def early_exit(backbone, inputs, step):
-    """Run a batch block by block; each sequence leaves it where `step` says so (section 3.2). Returns `Halted`.
+class DactBert(nn.Module):
+    """A backbone (see the top of this file; used, not copied) with a DACT module after every block: figure 1."""
 
-    step: what is known after block n, (n, [CLS] (B, D), state) -> (answer (B, C), halt (B,) bool, state).
-    state: a tuple of tensors (B, ...), empty at n = 1; survivors take their rows of it along.
-    """
+    def __init__(self, backbone, num_classes):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = Heads(DactModule(backbone.hidden_size, num_classes) for _ in backbone.blocks)
+
+    def forward(self, *inputs):
+        """All N blocks answer, as in training. inputs end with the mask (B, T) -> y (N, B, C), h (N, B)."""
+        return self.heads(cls_after_blocks(self.backbone, inputs))
+
+    @torch.no_grad()
+    def early_exit(self, *inputs, rule=paper_rule):
+        """Inference: every sequence leaves the batch at the first block where `rule` holds (section 3.2): `Halted`.
+
+        inputs: as for `forward`. rule: (a, p, d) -> (left, right), as `paper_rule`.
+        """
+        hidden, mask = self.backbone.embed(*inputs[:-1]), inputs[-1]
+        lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
+        alive = torch.arange(len(mask), device=mask.device)  # row of the batch that each survivor came from
+        exit_block, a, p = torch.zeros_like(alive), None, None
+        for n, (block, head) in enumerate(zip(self.backbone.blocks, self.heads), start=1):
+            hidden = block(hidden, mask)
+            a, p = accumulate(*head(hidden[:, 0]), a, p)
+            left, right = rule(a, p, len(self.heads) - n)  # after block N d is 0, and both rules hold
+            if n == 1:
+                answers = torch.zeros_like(a)
+            # Every survivor writes its answer and n. Who leaves now writes no more: what was written last is the exit.
+            answers[alive] = a
+            exit_block.index_fill_(0, alive, n)  # not `[alive] = n`, which would bring n from the CPU
+            keep = (left < right).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
+            if len(keep) == 0:
+                break
+            if len(keep) < len(alive):
+                lengths, keep = lengths[keep], keep.to(mask.device, non_blocking=mask.is_cuda)
+                longest = int(lengths.max())
+                hidden, mask, alive = hidden[keep, :longest], mask[keep, :longest], alive[keep]
+                a, p = a[keep], p[keep]
+        return Halted(answers.argmax(1), answers, exit_block)
+
+
+def cls_after_blocks(backbone, inputs):
+    """Run all blocks on a batch; yields the [CLS] vectors (B, D) after each."""
     hidden, mask = backbone.embed(*inputs[:-1]), inputs[-1]
-    lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
-    alive = torch.arange(len(mask), device=mask.device)  # row of the batch that each survivor came from
-    exit_block, state = torch.zeros_like(alive), ()
-    for n, block in enumerate(backbone.blocks, start=1):
+    for block in backbone.blocks:
         hidden = block(hidden, mask)
-        answer, halt, state = step(n, hidden[:, 0], state)
-        if n == 1:
-            answers = torch.zeros_like(answer)
-        # Every survivor writes its answer and n. Who leaves now writes no more: what was written last is the exit.
-        answers[alive] = answer
-        exit_block.index_fill_(0, alive, n)  # not `[alive] = n`, which would bring n from the CPU
-        keep = (~halt).cpu().nonzero().squeeze(1)  # the one wait of a block for its result
-        if len(keep) == 0:
-            break
-        if len(keep) < len(alive):
-            lengths, keep = lengths[keep], keep.to(mask.device, non_blocking=True)
-            longest = int(lengths.max())
-            hidden, mask, alive = hidden[keep, :longest], mask[keep, :longest], alive[keep]
-            state = tuple(rows[keep] for rows in state)
-    return Halted(answers.argmax(1), answers, exit_block)
+        yield hidden[:, 0]

@@ -7,24 +7,19 @@ Shapes: B sequences in a batch, T tokens in the longest of them.
 """
 
 import contextlib
-import copy
 import hashlib
 import os
 import random
 import sys
+import tempfile
 import time
 import zipfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import requests
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, two runs must not download the same file at once
-    fcntl = None
 
 
 class InputError(ValueError):
@@ -33,23 +28,19 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(source, advice="copy or download it again"):
-    """Around a parser of what comes from outside: whatever it raises becomes the one line of an `InputError`.
-
-    Not around our own work on what was parsed: a fault of ours is not to be blamed on a file.
-    """
+    """Around what reads a file from outside: whatever it raises becomes the one line of an `InputError`."""
     try:
         yield
     except (InputError, MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic inside the tokenizers library is no Exception
-        if isinstance(error, OSError) and error.filename:  # a file that cannot be opened says so itself
-            raise
-        raise InputError(f"{source}: cannot be read ({type(error).__name__}: {plain(error)}); {advice}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # our own words are ValueErrors
+        raise InputError(f"{plain(source)}: {kind}{plain(error)}; {advice}") from error
 
 
-def plain(thing, most=80):
-    """Text from outside for a message: printable, and not too long."""
-    text = str(thing)
+def plain(thing, most=200):
+    """Text from outside, on one line of a message."""
+    text = " ".join(str(thing).split())
     return "".join(c if c.isprintable() else "?" for c in text[:most]) + "..." * (len(text) > most)
 
 
@@ -68,6 +59,7 @@ class Task:
     label: str = "label"
     header: tuple = ()  # of the train and dev files that come without one
     parts: tuple = (("", ""),)  # what names end in: of its dev and test files, and of the file GLUE's server takes
+    index: str = "index"  # header of what numbers the rows of a test file
 
 
 BINARY, ENTAILMENT, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
@@ -76,11 +68,11 @@ ACCURACY, F1 = ("accuracy",), ("F1", "accuracy")
 COLA = ("source", "label", "mark", "sentence")
 MNLI = (("_matched", "-m"), ("_mismatched", "-mm"))
 TASKS = {
-    "toy": Task(("negative", "positive"), ACCURACY),
+    "toy": Task(("negative", "positive"), ACCURACY, texts=("sentence",)),
     "cola": Task(BINARY, ("Matthews",), "CoLA", "CoLA.zip", ("sentence",), header=COLA),
     "sst-2": Task(BINARY, ACCURACY, "SST-2", "SST-2.zip", ("sentence",)),
     "mrpc": Task(BINARY, F1, "MRPC", "", ("#1 String", "#2 String"), "Quality"),
-    "qqp": Task(BINARY, F1, "QQP", "QQP-clean.zip", ("question1", "question2"), "is_duplicate"),
+    "qqp": Task(BINARY, F1, "QQP", "QQP-clean.zip", ("question1", "question2"), "is_duplicate", index="id"),
     "mnli": Task(THREE_WAY, ACCURACY, "MNLI", "MNLI.zip", PAIR, "gold_label", parts=MNLI),
     "qnli": Task(ENTAILMENT, ACCURACY, "QNLI", "QNLIv2.zip", ("question", "sentence")),
     "rte": Task(ENTAILMENT, ACCURACY, "RTE", "RTE.zip", PAIR),
@@ -95,15 +87,21 @@ class Examples:
     texts: list = field(default_factory=list)  # str, or (str, str) for a pair
     labels: list = field(default_factory=list)  # int, the class
     groups: list = field(default_factory=list)  # str: the toy task's level, MNLI's matched or mismatched
+    index: list = field(default_factory=list)  # str: of a test set, the number that the row has in its file
+
+    def add(self, task, rows, path, group=""):
+        """Append rows of `path`: [sentence, label word], or [first sentence, second sentence, label word]."""
+        for *texts, label in rows:
+            if label not in task.labels:
+                raise InputError(f"{path}: unknown label {plain(label)!r}; expected one of {task.labels}")
+            self.texts.append(texts[0] if len(texts) == 1 else tuple(texts))
+            self.labels.append(task.labels.index(label))
+            if group:
+                self.groups.append(group)
 
 
 def find_task(name):
     """The `Task` of a name. Raises InputError if there is none."""
-    if name.lower().replace("_", "-") in ("sts-b", "stsb"):
-        raise InputError(
-            "STS-B is a regression: the bound asks whether another class can still win, and a score has no classes; "
-            f"choose one of: {', '.join(TASKS)}"
-        )
     if name not in TASKS:
         raise InputError(f"unknown task {plain(name)!r}; choose one of: {', '.join(TASKS)}")
     return TASKS[name]
@@ -115,284 +113,164 @@ def load_task(name, folder=None):
     folder: where the files lie or are downloaded to, by default in the cache; the toy task makes its sentences itself.
     Raises InputError for an unknown task and for everything that can be wrong with a download or a file.
     """
-    task = find_task(name)
+    task, train, dev = find_task(name), Examples(), Examples()
     if name == "toy":
-        return toy_examples(4096, seed=1), toy_examples(600, seed=2)
-    folder = own_path(folder or cache_dir() / "glue")
-    if name == "mrpc" and not local_file(folder, "MRPC/train.tsv"):
+        return toy_examples(8192, seed=1), toy_examples(600, seed=2)
+    folder = task_folder(task, folder)
+    if name == "mrpc" and not (folder / "train.tsv").is_file():
         return load_mrpc(task, folder)
-    train, dev = Examples(), Examples()
-    read_into(train, task, folder, f"{task.folder}/train.tsv")
-    for part, _ in task.parts:
-        read_into(dev, task, folder, f"{task.folder}/dev{part}.tsv", part.removeprefix("_"))
+    for split, part in ((train, "train"), *((dev, f"dev{part}") for part, _ in task.parts)):
+        path, columns = folder / f"{part}.tsv", (*task.texts, task.label)
+        split.add(task, parse_tsv(path, columns, task.header), path, group=part.partition("_")[2])
     return train, dev
-
-
-def load_test(name, folder=None):
-    """The test split, whose labels GLUE keeps to itself (they are all 0 here), grouped by the file its server takes."""
-    task, test = find_task(name), Examples()
-    if name == "toy":
-        raise InputError("the toy task has no test set; choose a task of GLUE")
-    folder = own_path(folder or cache_dir() / "glue")
-    task = replace(task, label="", header=())  # CoLA's test file does have a header
-    for part, suffix in task.parts:
-        file = f"{task.folder}/test{part}.tsv"
-        if name == "mrpc" and not local_file(folder, file):
-            file = "MRPC/msr_paraphrase_test.txt"
-        read_into(test, task, folder, file, task.folder + suffix)
-    if name == "mnli":  # a model of MNLI answers GLUE's diagnostic set, too
-        try:
-            read_into(test, task, folder, "AX.tsv", "AX")
-        except InputError as error:
-            print(f"left out   AX: {error}")
-    return test
-
-
-def read_into(examples, task, folder, name, group=""):
-    """Append the rows of GLUE's file `name` to `examples`."""
-    columns = (*task.texts, task.label) if task.label else task.texts
-    add_rows(examples, parse_tsv(*find_file(folder, name, task.archive), columns, task.header), task, group)
 
 
 def load_mrpc(task, folder):
     """MRPC as GLUE splits it: the rows of Microsoft's train file whose two ids stand in the dev ids are dev."""
-    ids = ("#1 ID", "#2 ID")
-    rows = parse_tsv(*find_file(folder, "MRPC/msr_paraphrase_train.txt"), (*task.texts, task.label, *ids))
-    content, source = find_file(folder, "MRPC/mrpc_dev_ids.tsv")
-    dev_ids = {tuple(pair) for _, pair in parse_tsv(content, source, ids, header=ids)}
-    train, dev = [], []
-    for place, (*fields, first, second) in rows:
-        (dev if (first, second) in dev_ids else train).append((place, fields))
-    if len(dev) != len(dev_ids) or not train:
-        found = f"its {len(dev_ids)} ids are those of {len(dev)} of {len(rows)} rows of msr_paraphrase_train.txt"
-        raise InputError(f"{source}: {found}; delete both files to download them again")
-    splits = Examples(), Examples()
-    add_rows(splits[0], train, task)
-    add_rows(splits[1], dev, task)
+    ids, splits, path = ("#1 ID", "#2 ID"), (Examples(), Examples()), mrpc_file(folder, "msr_paraphrase_train.txt")
+    dev_ids = {*map(tuple, parse_tsv(mrpc_file(folder, "mrpc_dev_ids.tsv"), ids, header=ids))}
+    for *pair, label, first, second in parse_tsv(path, (*task.texts, task.label, *ids)):
+        splits[(first, second) in dev_ids].add(task, [[*pair, label]], path)
+    if len(splits[1].texts) != len(dev_ids):
+        raise InputError(f"{folder}: mrpc_dev_ids.tsv does not belong to msr_paraphrase_train.txt; delete both")
     return splits
 
 
-def add_rows(examples, rows, task, group=""):
-    """Append rows of (place, [sentence, label word]), or of a pair of sentences, or without a label."""
-    for place, fields in rows:
-        *texts, label = fields if task.label else (*fields, task.labels[0])
-        if label not in task.labels:
-            raise InputError(f"{place}: unknown label {plain(label)!r}; expected one of {list(task.labels)}")
-        examples.texts.append(texts[0] if len(texts) == 1 else tuple(texts))
-        examples.labels.append(task.labels.index(label))
-        if group:
-            examples.groups.append(group)
+def load_test(name, folder=None):
+    """The test split, whose labels GLUE keeps to itself (they are all 0 here), grouped by the file its server takes."""
+    if name == "toy":
+        raise InputError("the toy task has no test set; choose a task of GLUE")
+    task, test = find_task(name), Examples()
+    folder = task_folder(task, folder)
+    files = [(folder / f"test{part}.tsv", task.folder + suffix) for part, suffix in task.parts]
+    if name == "mnli":  # a model of MNLI answers GLUE's diagnostic set, too
+        files.append((download(GLUE + "AX.tsv", folder.parent / "AX.tsv"), "AX"))
+    for path, group in files:
+        if name == "mrpc" and not path.is_file():  # Microsoft's own file, whose rows GLUE counts from 0
+            path = mrpc_file(folder, "msr_paraphrase_test.txt")
+            rows = [[str(i), *row] for i, row in enumerate(parse_tsv(path, task.texts, most_bad=0))]
+        else:
+            rows = parse_tsv(path, (task.index, *task.texts), most_bad=0)
+        test.index += [row[0] for row in rows]
+        test.add(task, [[*row[1:], task.labels[0]] for row in rows], path, group)
+    return test
 
 
 # ---- Files and downloads --------------------------------------------------------------------------------------------
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-DOWNLOADS = {  # name in the folder: (URL of the folder that it is in, sha256)
-    "AX.tsv": (GLUE, None),
-    "CoLA.zip": (GLUE, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    "SST-2.zip": (GLUE, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-    "QQP-clean.zip": (GLUE, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-    "MNLI.zip": (GLUE, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "QNLIv2.zip": (GLUE, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "RTE.zip": (GLUE, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-    "WNLI.zip": (GLUE, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
-    "MRPC/msr_paraphrase_train.txt": (SENTEVAL, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
-    "MRPC/msr_paraphrase_test.txt": (SENTEVAL, "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"),
-    "MRPC/mrpc_dev_ids.tsv": (GLUE, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+DOWNLOAD_ADVICE = "try again later; without a network, give --data FOLDER and --model FOLDER (see README.md)"
+SHA256 = {
+    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
+    "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+    "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+    "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+    "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
+    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    "msr_paraphrase_test.txt": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784",
+    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
 }
 
 
 def cache_dir():
     """The folder for everything that is downloaded: $XDG_CACHE_HOME/dact-bert, by default ~/.cache/dact-bert."""
-    with reading("~/.cache", "set XDG_CACHE_HOME to a folder"):
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dact-bert"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dact-bert"
 
 
-def own_path(text):
-    """A path that the user gave, with ~ spelt out."""
-    with reading(plain(text), "name a folder that there is"):
-        return Path(text).expanduser()
+def task_folder(task, folder):
+    """Where a task's files are: `folder` itself or in it, as GLUE has it (by default in the cache), or downloaded."""
+    folder = Path(folder or cache_dir() / "glue").expanduser()
+    if folder.is_file():
+        raise InputError(f"{folder} is no folder; name the one that holds GLUE's files (unpack a zip first)")
+    if (folder / "train.tsv").is_file():
+        return folder
+    if task.archive:
+        download(GLUE + task.archive, folder / task.folder, SHA256[task.archive], inside="train.tsv")
+    return folder / task.folder
 
 
-def local_file(folder, name):
-    """Where GLUE's file `name`, say RTE/dev.tsv, lies in a folder like GLUE's or in the task's own; None if nowhere."""
-    return next((path for path in (folder / name, folder / Path(name).name) if path.is_file()), None)
+def mrpc_file(folder, name):
+    """One of MRPC's files, which are no archive of GLUE's: there, or downloaded."""
+    return download((SENTEVAL if name.startswith("msr") else GLUE) + name, folder / name, SHA256[name])
 
 
-def find_file(folder, name, archive=""):
-    """GLUE's file `name`: (its bytes, where they are from). From `folder`, else downloaded: alone, or in its archive.
+def download(url, path, sha256=None, inside=None):
+    """Download `url` to `path` unless it is there already. Returns the path. Raises InputError if it cannot be had.
 
-    Nothing is ever unpacked to disk.
+    inside: of a zip that is unpacked, a file in the folder that becomes `path`.
+    Only what is whole and of the right sum gets its name: an interruption leaves nothing, and two runs do not meet.
     """
-    path, wanted = local_file(folder, name), name if name in DOWNLOADS else archive
-    if not path:
-        if wanted not in DOWNLOADS or (folder / "train.tsv").is_file():  # a task's own folder, and incomplete
-            raise InputError(f"{folder}: {Path(name).name} is missing beside train.tsv; add it, or name another folder")
-        url, sha256 = DOWNLOADS[wanted]
-        path = download(url + Path(wanted).name, folder / wanted, sha256)
-    if path.suffix != ".zip":
-        print(f"reading    {path}")
-        return path.read_bytes(), str(path)
-    print(f"reading    {name} in {path}")
-    with reading(path, "delete it to download it again"), zipfile.ZipFile(path) as zipped:
-        return zipped.read(name), f"{path}: {name}"
-
-
-def download(url, path, sha256=None, member=None, pause=1.0):
-    """Download `url` to `path` unless it is there already. Returns the path.
-
-    The bytes go to `path` + ".part" first, and a later attempt (or a later run) resumes there. Only a file of the right
-    sha256 gets its final name; without one, only a sound zip that holds `member` (if named), and never a web page.
-    pause: seconds before the second attempt, doubled after each. Raises InputError with one line when it cannot be had.
-    """
-    path = Path(path)
-    if path.is_file():
+    if path.exists():
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as at_the_end:
-            if fcntl:
-                handle = os.open(path.parent, os.O_RDONLY)
-                at_the_end.callback(os.close, handle)
-                lock(handle, path.parent, wait=True)
-            if not path.is_file():  # else another run downloaded it while this one waited
-                try_download(url, path, sha256, member, pause)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from None
+    print(f"download   {url}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with reading(url, DOWNLOAD_ADVICE), tempfile.TemporaryDirectory(dir=path.parent, suffix=".part") as scratch:
+        part = Path(scratch, "part")
+        fetch(url, part)
+        if sha256 and (found := hashlib.sha256(part.read_bytes()).hexdigest()) != sha256:
+            raise ValueError(f"its sha256 is {found}, expected {sha256}")
+        if inside:
+            with zipfile.ZipFile(part) as zipped:
+                zipped.extractall(f"{scratch}/files")  # checks each file's sum, and writes nothing outside
+            part = next(Path(scratch, "files").rglob(inside)).parent
+        if not path.exists():  # else another run was faster
+            os.replace(part, path)
     return path
 
 
-def lock(file, folder, wait=False):
-    """Keep other runs out of a folder while `file` is open, in it or its descriptor. Raises InputError, or waits."""
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use by another run; choose another --out") from None
-        except OSError:  # some network file systems have no locks
-            pass
-
-
-def try_download(url, path, sha256, member, pause):
-    """`download`'s attempts. Raises InputError after the last, or at once where another one will not help."""
-    part = Path(f"{path}.part")
-    for wait in (0, pause, 2 * pause, 4 * pause):
-        time.sleep(wait)
-        try:
-            start = fetch(url, part)
-        except requests.HTTPError as error:
-            status = error.response.status_code
-            problem = f"the server answered {status} {error.response.reason}"
-            if status < 500 and status not in (408, 429):
-                break
-            continue
-        except OSError as error:  # all that requests raises is one, without a number
-            if error.errno:
-                raise  # the disk's, not the network's
-            problem = f"the connection failed ({type(error).__name__}: {plain(error)})"
-            continue
-        problem = check_download(part, sha256, member)
-        if not problem:
-            os.replace(part, path)
-            return
-        part.unlink()
-        if start == 0:  # a whole fresh copy is wrong: another one will be too
-            break
-    raise InputError(f"cannot download {url}: {problem}; try again later, or place the file at {path} yourself")
-
-
-def fetch(url, part):
-    """Append what is missing of `url` to the file `part`, or start it afresh where the server cannot resume.
-
-    Returns the byte that it went on from.
-    """
-    start = part.stat().st_size if part.is_file() else 0
-    headers = {"Accept-Encoding": "identity"}  # a compressed transfer would change length and offsets
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
-        if start and response.status_code == 416:  # nothing is missing, or it changed there: the check will tell
-            return start
-        response.raise_for_status()
-        if response.status_code != 206:
-            start = 0
-        have, total = start, start + int(response.headers.get("Content-Length", 0))
-        with open(part, "ab" if start else "wb") as file:
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                have += len(chunk)
-                show_progress(url, have, total)
-        if total > have:
-            raise requests.ConnectionError(f"{have} of {total} bytes came")
-    return start
-
-
-def show_progress(url, have, total):
-    """One line that overwrites itself, on a terminal only."""
-    if sys.stderr.isatty():
-        of_total = f"of {total / 1e6:.1f} MB" if total else "MB"
-        end = "\n" if have == total else ""
-        print(f"\r{url.rsplit('/', 1)[-1]}: {have / 1e6:.1f} {of_total}", end=end, file=sys.stderr, flush=True)
-
-
-def check_download(part, sha256, member):
-    """What is wrong with a finished download, as words; empty if nothing is."""
-    with open(part, "rb") as file:
-        if sha256:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            return "" if found == sha256 else f"its sha256 is {found}, expected {sha256}"
-        if file.read(100).lstrip().startswith(b"<"):
-            return "a web page came in its place"
-    if not member:
-        return ""
+def fetch(url, part, attempts=3):
+    """Append to the file `part` what it lacks of `url`; start it afresh where the server cannot go on in the middle."""
+    have = part.stat().st_size if part.is_file() else 0
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # compressed, it would have other offsets
     try:
-        with zipfile.ZipFile(part) as zipped:
-            names, damaged = zipped.namelist(), zipped.testzip()  # Google publishes no sums, but each member has one
-    except Exception as error:  # zipfile raises many kinds
-        return f"it is not a sound zip file ({error})"
-    if damaged:
-        return f"{damaged} in the zip is damaged"
-    if not any(name == member or name.endswith("/" + member) for name in names):
-        return f"the zip has no {member}"
-    return ""
+        with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+            response.raise_for_status()
+            if "text/html" in response.headers.get("Content-Type", ""):  # so answers a network that asks for a login
+                raise requests.ConnectionError("a web page came in its place")
+            have = have if response.status_code == 206 else 0
+            total = have + int(response.headers.get("Content-Length", 0))
+            with open(part, "ab" if have else "wb") as file:
+                for chunk in response.iter_content(1 << 20):
+                    have += file.write(chunk)
+                    if sys.stderr.isatty():
+                        print(f"{have >> 20} of {total >> 20} MiB", end="\r", file=sys.stderr, flush=True)
+            if have < total:
+                raise requests.ConnectionError(f"{have} of {total} bytes came")
+    except requests.RequestException:
+        if attempts == 1:
+            raise
+        time.sleep(3)
+        fetch(url, part, attempts - 1)
 
 
 # ---- Parsing --------------------------------------------------------------------------------------------------------
 
 
-def parse_tsv(content, source, columns, header=()):
-    """Rows of a tab-separated file: a list of (place, [the fields of `columns`]), where a place is "source, line 2".
+def parse_tsv(path, columns, header=(), most_bad=0.001):
+    """Rows of a tab-separated file: lists of the fields of `columns`. header: by default its first line says it.
 
-    header: the names of its columns; by default its first line says them.
+    most_bad: the share of rows that may have too few or too many fields; they are left out, with a note.
     Quotes are ordinary characters in GLUE: a csv reader with its default quoting swallows hundreds of rows of MRPC.
     Only "\\n" ends a line: str.splitlines would also cut at characters that occur inside sentences.
     """
-    again = "is it this task's? if so, delete the file to download it again"
-    if not content:
-        raise InputError(f"{source}: the file is empty; {again}")
-    with reading(source, f"it is not UTF-8; {again}"):
-        lines = content.decode("utf-8-sig").split("\n")  # MRPC starts with a byte order mark
-    numbered = enumerate((line.removesuffix("\r") for line in lines), start=1)
-    header = header or next(numbered)[1].split("\t")
-    for column in columns:
-        if column not in header:
-            raise InputError(f"{source}: no column {column!r} in its first line, {plain(lines[0])!r}; {again}")
-    taken = [header.index(column) for column in columns]
-    rows, bad = [], []
-    for number, line in numbered:
-        place, fields = f"{source}, line {number}", line.split("\t")
-        if len(fields) == len(header):
-            rows.append((place, [fields[i] for i in taken]))
-        elif line:
-            bad.append(f"{place}: {len(fields)} columns, the header has {len(header)}")
-    if 1000 * len(bad) > len(rows):  # one such row is known in QQP's 363,849
-        raise InputError(f"{bad[0]}; {again}")
-    if not rows:
-        raise InputError(f"{source}: no examples in it; {again}")
-    for row in bad:
-        print(f"left out   {row}")
-    return rows
+    print(f"reading    {path}")
+    with reading(path, "is it this task's? if so, delete it to download it again"):
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+        rows = [line.split("\t") for line in lines if line]
+        header = list(header) or (rows.pop(0) if rows else [])
+        if missing := [column for column in columns if column not in header]:
+            raise ValueError(f"no column {missing[0]!r} in its first line")
+        taken = [header.index(column) for column in columns]
+        whole = [row for row in rows if len(row) == len(header)]
+        what = f"{len(whole)} of {len(rows)} rows have the {len(header)} columns of the header"
+        if not whole or len(whole) < (1 - most_bad) * len(rows):  # one bad row is known in QQP's 363,849
+            raise ValueError(what)
+        if len(whole) < len(rows):
+            print(f"note: {path}: {what}; the others are left out")
+    return [[row[i] for i in taken] for row in whole]
 
 
 # ---- Tokens and batches ---------------------------------------------------------------------------------------------
@@ -406,9 +284,9 @@ class Dataset:
     """
 
     def __init__(self, examples, tokenizer, max_tokens, pad_id):
-        tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()  # padding is per batch, below
-        with reading("the tokenizer", "give the one that came with the weights"):
+        with reading("the tokenizer", "give the one that came with the weights, and text as input"):
+            tokenizer.enable_truncation(max_tokens)
             encodings = tokenizer.encode_batch(examples.texts)
         self.input_ids = [torch.tensor(encoding.ids) for encoding in encodings]
         self.segment_ids = [torch.tensor(encoding.type_ids) for encoding in encodings]
@@ -416,28 +294,21 @@ class Dataset:
         self.groups = examples.groups
         self.lengths = np.array([len(ids) for ids in self.input_ids])
         self.pad_id = pad_id
+        if cut := sum(bool(encoding.overflowing) for encoding in encodings):
+            print(f"note: {cut} of {len(self)} inputs are longer than {max_tokens} tokens, and cut (--max-tokens)")
 
     def __len__(self):
         return len(self.input_ids)
 
-    def part(self, indices):
-        """A `Dataset` of the examples `indices` alone."""
-        part = copy.copy(self)
-        part.input_ids, part.segment_ids = ([ids[i] for i in indices] for ids in (self.input_ids, self.segment_ids))
-        part.groups = [self.groups[i] for i in indices] if self.groups else []
-        part.labels, part.lengths = self.labels[indices], self.lengths[indices]
-        return part
-
-    def batch(self, indices):
-        """Rows `indices` as (input_ids (B, T), segment_ids (B, T), mask (B, T)), padded on the right, and labels (B,).
-
-        mask is True on real tokens.
-        """
+    def batch(self, indices, device="cpu"):
+        """-> (input_ids, segment_ids, mask), each (B, T), padded on the right where mask is False; and labels (B,)."""
         pad = torch.nn.utils.rnn.pad_sequence
         input_ids = pad([self.input_ids[i] for i in indices], batch_first=True, padding_value=self.pad_id)
         segment_ids = pad([self.segment_ids[i] for i in indices], batch_first=True)
         mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(self.lengths[indices])[:, None]
-        return (input_ids, segment_ids, mask), self.labels[indices]
+        tensors, cuda = (input_ids, segment_ids, mask, self.labels[indices]), torch.device(device).type == "cuda"
+        *inputs, labels = (x.to(device, non_blocking=cuda) for x in tensors)  # a GPU need not be waited for
+        return tuple(inputs), labels
 
 
 def training_batches(lengths, batch_size, seed):
@@ -487,9 +358,9 @@ METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews}
 
 # ---- The toy task: is the speaker pleased? --------------------------------------------------------------------------
 
-THINGS = "food service music room garden staff soup view tea story".split()
-GOOD = "good great lovely fresh kind warm bright perfect".split()
-BAD = "bad awful dirty cold rude dull bitter broken".split()
+THINGS = ["food", "service", "music", "room", "garden", "staff", "soup", "view", "tea", "story"]
+GOOD = ["good", "great", "lovely", "fresh", "kind", "warm", "bright", "perfect"]
+BAD = ["bad", "awful", "dirty", "cold", "rude", "dull", "bitter", "broken"]
 TOY_WORDS = ["the", "was", "not", "but", ",", "former", "latter", "counts", *THINGS, *GOOD, *BAD]
 
 

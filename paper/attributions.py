@@ -19,7 +19,6 @@ from matplotlib.colors import LinearSegmentedColormap
 
 import dact
 import data
-import train
 
 # ---- The two methods ------------------------------------------------------------------------------------------------
 
@@ -40,40 +39,34 @@ class Attribution(NamedTuple):
         return self.missed / change if change else (float("inf") if self.missed else 0.0)
 
 
-def integrated_gradients(F, x, baseline, steps, rows=64):
+def integrated_gradients(F, x, baseline, steps):
     """The attribution of each token: those of its D numbers, summed. x, baseline (T, D) -> `Attribution`, parts (T,).
 
-    steps: points of a Gauss-Legendre quadrature; rows: how many of them run at a time.
+    steps: points of a Gauss-Legendre quadrature; all of them run at once.
     """
     # CHOICE: Gauss-Legendre. F is smooth, and n of its points integrate a polynomial of degree 2n - 1 exactly.
     nodes, weights = np.polynomial.legendre.leggauss(steps)  # for an integral over (-1, 1)
     alphas, weights = (torch.tensor(v, dtype=x.dtype, device=x.device) for v in ((nodes + 1) / 2, weights / 2))
-    mean_gradient = torch.zeros_like(x)
-    for alpha, weight in zip(alphas.split(rows), weights.split(rows)):
-        points = on_the_line(x, baseline, alpha).requires_grad_()  # (B, T, D)
-        (gradient,) = torch.autograd.grad(F(points, all_real(points)).sum(), points)  # rows do not meet in F
-        mean_gradient += torch.einsum("b,btd->td", weight, gradient)
+    points = on_the_line(x, baseline, alphas).requires_grad_()  # (B, T, D)
+    (gradient,) = torch.autograd.grad(F(points, all_real(points)).sum(), points)  # rows do not meet in F
+    mean_gradient = torch.einsum("b,btd->td", weights, gradient)
     return complete(((x - baseline) * mean_gradient).sum(-1), *ends(F, x, baseline), steps)
 
 
-def layer_conductance(F, x, baseline, steps, rows=64):
+def layer_conductance(F, x, baseline, steps):
     """The attribution of each number of some layers. x, baseline (T, D) -> `Attribution`, parts [(...) of each layer].
 
     F: (hidden, mask) -> (scores (B,), layers: a list of tensors (B, ...) that the scores were computed from). Complete
     if every way from input to score leads through exactly one of the layers.
-    steps: pieces of the line.
+    steps: pieces of the line; all of them run at once.
     """
     alphas = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)
-    total = None
-    for first in range(0, steps, rows):
-        points = on_the_line(x, baseline, alphas[first : first + rows + 1]).requires_grad_()
-        scores, layers = F(points, all_real(points))
-        gradients = torch.autograd.grad(scores.sum(), layers)
-        # dy = y(k+1) - y(k) on each piece, so dα cancels; the mean of its two ends is the trapezoid rule.
-        pieces = [(y[1:] - y[:-1]) * (g[1:] + g[:-1]) / 2 for y, g in zip(layers, gradients)]
-        sums = [piece.detach().sum(0) for piece in pieces]
-        total = [a + b for a, b in zip(total, sums)] if total else sums
-    return complete(total, *ends(lambda *inputs: F(*inputs)[0], x, baseline), steps)
+    points = on_the_line(x, baseline, alphas).requires_grad_()
+    scores, layers = F(points, all_real(points))
+    gradients = torch.autograd.grad(scores.sum(), layers)
+    # dy = y(k+1) - y(k) on each piece, so dα cancels; the mean of its two ends is the trapezoid rule.
+    parts = [((y[1:] - y[:-1]) * (g[1:] + g[:-1]) / 2).detach().sum(0) for y, g in zip(layers, gradients)]
+    return complete(parts, *ends(lambda *inputs: F(*inputs)[0], x, baseline), steps)
 
 
 def on_the_line(x, baseline, alpha):
@@ -139,10 +132,10 @@ def baseline_token(run):
     # knows its way. [PAD] has hardly been trained and the zero vector never: F is ragged on the way there, and takes
     # hundreds of steps. A vocabulary without a mask (the toy task's) has nothing but [PAD].
     for word in ("[MASK]", "<mask>"):
-        if run.tokenizer.token_to_id(word) is not None:
-            return run.tokenizer.token_to_id(word), word
+        if run.saved.tokenizer.token_to_id(word) is not None:
+            return run.saved.tokenizer.token_to_id(word), word
     pad_id = run.dact.backbone.config.pad_token_id
-    return pad_id, run.tokenizer.id_to_token(pad_id)
+    return pad_id, run.saved.tokenizer.id_to_token(pad_id)
 
 
 @torch.no_grad()
@@ -153,47 +146,41 @@ def line(run, backbone, i):
     no attribution falls on them, and the baseline is an input of the same shape.
     """
     input_ids, segment_ids, _ = inputs_of(run, i)
-    frame = torch.tensor(run.tokenizer.encode("").ids, device=run.args.device)  # what is put around a text
+    frame = torch.tensor(run.saved.tokenizer.encode("").ids, device=run.args.device)  # what is put around a text
     emptied = torch.where(torch.isin(input_ids, frame), input_ids, baseline_token(run)[0])
     return backbone.embed(input_ids, segment_ids)[0], backbone.embed(emptied, segment_ids)[0]
 
 
 def inputs_of(run, i):
     """(input_ids, segment_ids, mask), each (1, T), of dev example i."""
-    return tuple(x.to(run.args.device) for x in run.dev.batch([i])[0])
+    return run.dev.batch([i], run.args.device)[0]
 
 
 def words_of(run, i):
     """The tokens of dev example i, without the marks for a space before them."""
-    tokens = [run.tokenizer.id_to_token(token) for token in run.dev.input_ids[i].tolist()]
+    tokens = [run.saved.tokenizer.id_to_token(token) for token in run.dev.input_ids[i].tolist()]
     return [token.lstrip("\u2581\u0120") or "␣" for token in tokens]  # SentencePiece's mark, and byte-level BPE's
 
 
-def halted(run, i):
-    """What DACT says about dev example i: `dact.Halted`."""
-    return run.early_exit(*inputs_of(run, i))
+def chosen_examples(run, examples, wanted, other=None):
+    """`examples` if there are any, checked: indices into the dev set. Else the first so many that are answered right.
 
-
-def first_right(run, wanted, other=None):
-    """The first dev examples that are answered right, those of the last group (the toy's level 3) before all others.
-
-    other: labels (n,) that another system gives, which must be right, too. Raises InputError if there are too few.
+    Those of the last group (the toy's level 3) come before all others. other: labels (n,) that another system gives,
+    which must be right, too. Raises InputError for an index of no example, and if there are too few.
     """
+    for i in examples:
+        if not 0 <= i < len(run.dev):
+            raise data.InputError(f"--examples: no dev example {i}; give numbers from 0 to {len(run.dev) - 1}")
+    if examples:
+        return examples
     groups, labels, found = run.dev.groups or [""] * len(run.dev), run.dev.labels, []
     hardest = max(groups)
     for i in sorted(range(len(labels)), key=lambda i: groups[i] != hardest):
-        if (other is None or other[i] == labels[i]) and halted(run, i).label.item() == labels[i]:
+        if (other is None or other[i] == labels[i]) and run.early_exit(*inputs_of(run, i)).label.item() == labels[i]:
             found.append(i)
         if len(found) == wanted:
             return found
     raise data.InputError(f"{run.folder}: {len(found)} of {wanted} example(s) answered right; choose by --examples")
-
-
-def check_examples(run, examples):
-    """Raise InputError if one of the indices is of no dev example."""
-    for i in examples:
-        if not 0 <= i < len(run.dev):
-            raise data.InputError(f"--examples: no dev example {i}; give numbers from 0 to {len(run.dev) - 1}")
 
 
 # ---- What is attributed: functions of (hidden, mask) for the two methods --------------------------------------------
@@ -203,8 +190,7 @@ def dact_answer(model, n, label):
     """F: the log-odds of class `label` in DACT's running answer a_n, in nats."""
 
     def score(hidden, mask):
-        outputs = [head(cls) for head, cls in zip(model.heads, cls_of_blocks(model, n, hidden, mask))]
-        a, _ = dact.accumulate_all(*zip(*outputs))
+        a, _ = dact.accumulate_all(*model.heads(cls_of_blocks(model, n, hidden, mask)))
         return log_odds(a[-1], label)
 
     return score
@@ -212,7 +198,8 @@ def dact_answer(model, n, label):
 
 def ramp_answer(exits, n, label):
     """F: the log-odds of class `label` at DeeBERT's off-ramp n, in nats."""
-    return lambda hidden, mask: log_odds(exits.answer(n, cls_of_blocks(exits, n, hidden, mask)[-1]).softmax(-1), label)
+    ramp = exits.heads.ramps[n - 1]
+    return lambda hidden, mask: log_odds(ramp(cls_of_blocks(exits, n, hidden, mask)[-1]).softmax(-1), label)
 
 
 def log_odds(a, label):
@@ -225,7 +212,9 @@ def log_odds(a, label):
 
 def halting_value(model, n):
     """F: the halting unit of block n before its sigmoid, which would flatten it; above 0 is "go on"."""
-    return lambda hidden, mask: model.heads[n - 1].logits(cls_of_blocks(model, n, hidden, mask)[-1])[1]
+    head = model.heads[n - 1]
+    until_sigmoid = torch.nn.Sequential(head.scale, head.shared, torch.nn.ReLU(), head.halt, torch.nn.Flatten(0))
+    return lambda hidden, mask: until_sigmoid(cls_of_blocks(model, n, hidden, mask)[-1])
 
 
 def weight_left(model, n):
@@ -236,7 +225,7 @@ def weight_left(model, n):
 
     def score(hidden, mask):
         read = cls_of_blocks(model, n, hidden, mask)
-        _, p = dact.accumulate_all(*zip(*(head(cls) for head, cls in zip(model.heads, read))))
+        _, p = dact.accumulate_all(*model.heads(read))
         return p[-1].log(), read
 
     return score
@@ -274,9 +263,5 @@ def described(run, attributions):
     return f"baseline: {baseline_token(run)[1]} for every word; {number} steps; completeness error {error}"
 
 
-# The command line of figures 3 and 4
-FLAGS = (
-    ("--examples", {"nargs": "+", "type": int, "default": [], "help": "dev examples, counted from 0; after the folders"}),
-    ("--steps", {"type": train.number(int, 2, 1024), "default": 8, "help": "of the integral over a piece of the line; "
-                 "it is cut until the attributions add up to within 1 %% (default: 8)"}),
-)  # fmt: skip
+# The flag of figures 3 and 4
+EXAMPLES = ("--examples", {"nargs": "+", "type": int, "default": [], "help": "dev examples, from 0; after the folders"})

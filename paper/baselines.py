@@ -11,9 +11,10 @@
     longer     stage 1 twice over: the control for what DACT's second stage gains by training longer
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-DACT and every `Exits` can leave a batch through `dact.early_exit`. To turn a rival's knob over a whole dev set it is
-quicker to compute what every block says once, and then where each would leave: `leave` and the functions `simulate...`.
-Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N.
+All but "first k" and "longer" are heads that read the [CLS] vectors of all blocks. What every block says is computed
+once for a whole dev set, and where an example would leave is read off it: `leave`. (DACT itself really leaves early, in
+train.py and speed.py.) Heads whose backbone is frozen learn on vectors that are computed once.
+Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N; n examples of a dataset.
 """
 
 import argparse
@@ -22,22 +23,28 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the top level, where the model lives
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the top level, where the model lives
 
 import bert
 import dact
 import data
 import train
+
+MOST_FOR_HALTING = 20_000  # examples that halting at another price learns on; each takes 4 N D bytes of memory
 
 # ---- A finished run of train.py, opened -----------------------------------------------------------------------------
 
@@ -46,17 +53,21 @@ class Run(NamedTuple):
     """What a finished run left, and what it was made with."""
 
     folder: Path
-    trained: Path  # the folder in it for what is trained and measured beside the run
-    args: argparse.Namespace  # the settings that metrics.json holds; data, device, precision
+    trained: Path  # the folder in it, such as paper-1a2b3c4d, for what is trained and measured beside the run
+    args: argparse.Namespace  # the command line that metrics.json tells of, with device and precision
     metrics: dict  # metrics.json
-    settings: dict  # what decides its numbers; see `train.settings_of`
+    saved: train.Saved  # dact.pt
     stage1: bert.BertClassifier
     dact: dact.DactBert
-    tokenizer: object
     train_set: data.Dataset
     dev: data.Dataset
     splits: list  # both as `data.Examples`
-    vectors: object  # () -> the [CLS] vectors of stage 1's backbone over the training set, computed at the first call
+    vectors: object  # () -> `Vectors` of stage 1's backbone over the training set, computed at the first call
+
+    @property
+    def N(self):
+        """The number of blocks."""
+        return len(self.dact.heads)
 
     @property
     def labels(self):
@@ -73,180 +84,90 @@ def open_run(folder, data_folder=None, splits=None):
 
     data_folder: where GLUE's files lie; by default train.py's cache. splits: what it trained on, if not the task's own.
     """
-    folder = Path(folder)
-    metrics = read_metrics(folder)
-    settings = {name: metrics[name] for name, kind in METRICS_JSON.items() if kind is not dict}
-    args = argparse.Namespace(**settings, out=folder, data=data_folder, stage1=None)
-    args.device, args.precision, _ = train.pick_hardware(args.precision)
-    if args.model == train.SCRATCH:
-        torch.set_num_threads(1)  # as train.py
+    metrics, args = read_metrics(folder)
+    args.data = data_folder
     first, second = (
-        train.load_run(folder / f"{name}.pt", stage, args.task) for stage, name in ((1, "stage1"), (2, "dact"))
+        train.load_run(args.out / f"{name}.pt", stage, args.task) for stage, name in ((1, "stage1"), (2, "dact"))
     )
     if len(second.model.heads) == 1:
         raise data.InputError(f"{folder}: a model of one block has no block to leave earlier; name another run")
-    models = [saved.model.to(args.device).eval() for saved in (first, second)]
+    args.device, args.precision = train.pick_hardware(first.name, args.precision)
+    stage1, model = (saved.model.to(args.device) for saved in (first, second))
     splits = splits or data.load_task(args.task, args.data)
-    train_set, dev_set = (first.dataset(split) for split in splits)
-    vectors = cache(partial(train.Vectors, models[0].bert, train_set, args))
-    return Run(
-        folder, trained_folder(folder), args, metrics, second.settings, *models, first.tokenizer, train_set, dev_set,
-        splits, vectors,
-    )  # fmt: skip
-
-
-# The part of metrics.json that is relied on here
-METRICS_JSON = {"task": str, "model": str, "seed": int, "tau": (int, float), "rule": str, "epochs": (int, float),
-                "batch": int, "max_tokens": int, "lr": float, "head_lr": float, "head_loss": (int, float),
-                "precision": str, "full": dict, "dact": dict, "rules": dict}  # fmt: skip
+    train_set, dev_set = (second.dataset(split) for split in splits)
+    vectors = cache(partial(cls_vectors, stage1.bert, train_set, args))
+    # Named after metrics.json, so that a run made anew meets nothing of the old one
+    trained = args.out / f"paper-{hashlib.sha256((args.out / 'metrics.json').read_bytes()).hexdigest()[:8]}"
+    return Run(args.out, trained, args, metrics, second, stage1, model, train_set, dev_set, splits, vectors)
 
 
 def read_metrics(folder):
-    """The metrics.json of a finished run, checked as far as it is relied on; runs/toy is made first if it is not there.
+    """The metrics.json of a finished run, and the command line of train.py that it tells of, as parsed arguments.
 
-    Raises data.InputError.
+    The toy's run in this repository is made first if it is not there. Raises data.InputError.
     """
     path = Path(folder) / "metrics.json"
-    if Path(folder) == Path("runs/toy") and not path.exists():
-        train.run(train.parse_arguments(["--resume"]))
+    if path.parent.resolve() == ROOT / "runs/toy" and not path.exists():
+        train.run(train.parse_arguments(["--out", str(folder), "--overwrite"]))
     if not path.is_file():
         raise data.InputError(f"{path}: no such file; name the folder of a finished run, or make one with train.py")
     with data.reading(path, "it is not the metrics of a run; run train.py again"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key, kind in METRICS_JSON.items():
-            if not isinstance(found[key], kind) or isinstance(found[key], bool):
-                raise TypeError(f"{key} is {found[key]!r}")
-        early = [found["dact"], *(found["rules"][rule] for rule in dact.RULES)]
-        for part in (found["full"], *early):
-            numbers = [part[name] for name in data.find_task(found["task"]).metrics]
-            if not all(isinstance(number, (int, float)) and abs(number) <= 100 for number in numbers):
-                raise ValueError("a metric is no percentage")
-        if found["rule"] not in dact.RULES or found["precision"] not in train.PRECISIONS:
-            raise ValueError(f"rule {found['rule']!r}, precision {found['precision']!r}")
-        for name, (_, low, high) in train.RANGES.items():
-            if not low <= found[name] <= high:
-                raise ValueError(f"{name} is {found[name]}")
-        if not all(0 < part["mean_blocks"] < 1e4 for part in early):
-            raise ValueError("mean_blocks is out of its range")
-    return found
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        names = ["task", "precision", "rule", *train.SETTINGS] + ["model"] * (metrics["model"] != train.SCRATCH)
+        flags = [f"--{name.replace('_', '-')}={metrics[name]}" for name in names]
+        first_metric = data.find_task(metrics["task"]).metrics[0]
+        for row in ("majority", "full", "dact", "exact_rule"):  # what the files here rely on
+            float(metrics[row][first_metric])
+        return metrics, train.parse_arguments([f"--out={folder}", *flags])
 
 
-def trained_folder(folder):
-    """runs/x/paper-1a2b3c4d: named after metrics.json, so that a run made anew meets nothing of the old one."""
-    return Path(folder) / f"paper-{hashlib.sha256((Path(folder) / 'metrics.json').read_bytes()).hexdigest()[:8]}"
+def part_of(examples, rows):
+    """The `data.Examples` of some rows alone."""
+    columns = (examples.texts, examples.labels, examples.groups)
+    return data.Examples(*([column[i] for i in rows] for column in columns if column))
 
 
-# ---- A backbone with an answer after every block, and the rules to leave it by --------------------------------------
+# ---- What all blocks say, computed once -----------------------------------------------------------------------------
 
 
-def off_ramp(size, num_classes):
-    """What a `dact.DactModule` answers with, boxes and all, without its halting unit: [CLS] (B, D) -> logits (B, C)."""
-    return nn.Sequential(dact.Scale(size), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, num_classes))
+@dataclass
+class Vectors:
+    """What heads read, of n examples: a dataset for heads that learn on a backbone that does not."""
+
+    values: torch.Tensor  # (N, n, D), on the CPU
+    labels: torch.Tensor  # (n,)
+    lengths: np.ndarray  # (n,), tokens
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices, device="cpu"):
+        """-> ((values (N, B, D),), labels (B,))."""
+        return (self.values[:, indices].to(device),), self.labels[indices].to(device)
 
 
-class Exits(nn.Module):
-    """A backbone with an off-ramp after every block but the last, after which a copy of `classifier` answers."""
-
-    def __init__(self, backbone, classifier):
-        super().__init__()
-        self.backbone = backbone
-        size, num_classes = backbone.hidden_size, classifier.linear.out_features
-        ramps = [off_ramp(size, num_classes) for _ in backbone.blocks[:-1]]
-        self.heads = nn.ModuleList([*ramps, copy.deepcopy(classifier)])
-
-    def answer(self, n, cls):
-        """Block n's logits (B, C), always in full precision, from its [CLS] vectors (B, D)."""
-        with torch.autocast(cls.device.type, enabled=False):
-            return self.heads[n - 1](cls.float())
-
-    def forward(self, *inputs):
-        """-> logits of all blocks (N, B, C)."""
-        vectors = enumerate(dact.cls_after_blocks(self.backbone, inputs), start=1)
-        return torch.stack([self.answer(n, cls) for n, cls in vectors])
-
-    def early_exit(self, *inputs, rule):
-        """rule: (logits (B, C), state) -> (halt (B,) bool, state). Returns `dact.Halted` with probabilities."""
-
-        def step(n, cls, state):
-            logits = self.answer(n, cls)
-            halt, state = rule(logits, state)
-            return logits.softmax(-1), halt, state
-
-        return dact.early_exit(self.backbone, inputs, step)
+def cls_vectors(backbone, dataset, args, most=None):
+    """`Vectors` of [CLS] after every block. most: examples that are taken, by default all."""
+    taken = np.sort(np.random.default_rng(0).permutation(len(dataset))[:most])
+    lengths, values = dataset.lengths[taken], torch.empty(len(backbone.blocks), len(taken), backbone.hidden_size)
+    backbone.eval()
+    with torch.no_grad(), train.autocast(args):
+        for rows in data.evaluation_batches(lengths, 64):
+            inputs, _ = dataset.batch(taken[rows], args.device)
+            values[:, rows] = torch.stack([*dact.cls_after_blocks(backbone, inputs)]).float().cpu()
+    return Vectors(values, dataset.labels[taken], lengths)
 
 
-class Palbert(Exits):
-    """`Exits` with a chance to stop, λ_n = σ(z_n): z_n from [CLS] of blocks n and n - 1, by one unit for all blocks.
-
-    The unit is that of the authors' code (github.com/tinkoff-ai/palbert, "linear_cat"), and so is the 0 before block 1.
-    """
-
-    def __init__(self, backbone, classifier):
-        super().__init__(backbone, classifier)
-        D = backbone.hidden_size
-        self.scales = nn.ModuleList(dact.Scale(D) for _ in backbone.blocks)
-        hidden = [layer for _ in range(3) for layer in (nn.Linear(2 * D, 2 * D), nn.Tanh())]
-        self.stop = nn.Sequential(*hidden, nn.Linear(2 * D, 1))
-
-    def forward(self, *inputs):
-        """-> logits (N, B, C), z (N, B) of all blocks."""
-        vectors = list(dact.cls_after_blocks(self.backbone, inputs))
-        logits = torch.stack([self.answer(n, cls) for n, cls in enumerate(vectors, start=1)])
-        with torch.autocast(logits.device.type, enabled=False):
-            now = torch.stack([scale(cls.float()) for scale, cls in zip(self.scales, vectors)])  # (N, B, D)
-            before = torch.cat([torch.zeros_like(now[:1]), now[:-1]])
-            return logits, self.stop(torch.cat([now, before], -1)).squeeze(-1)
+@torch.no_grad()
+def over(heads, vectors, device):
+    """What heads say of all n examples of `Vectors`, on the CPU: tensors (N, n, ...)."""
+    pieces = [heads(*vectors.batch(rows, device)[0]) for rows in torch.arange(len(vectors)).split(256)]
+    return [torch.cat(column, 1).cpu() for column in zip(*pieces)]
 
 
-class LearnedExit(nn.Module):
-    """BERxiT's: on trained `Exits` one linear unit for all blocks, which reads what a ramp's last layer reads."""
-
-    def __init__(self, exits):
-        super().__init__()
-        self.backbone, self.heads = exits.backbone, exits.heads
-        self.unit = nn.Linear(exits.backbone.hidden_size, 1)
-
-    def forward(self, *inputs):
-        """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last."""
-        vectors = [cls.float() for cls in dact.cls_after_blocks(self.backbone, inputs)]
-        *ramps, last = self.heads
-        with torch.autocast(vectors[0].device.type, enabled=False):
-            hidden = torch.stack([ramp[:-1](cls) for ramp, cls in zip(ramps, vectors)])  # (N - 1, B, D)
-            logits = torch.stack([*(ramp[-1](of_ramp) for ramp, of_ramp in zip(ramps, hidden)), last(vectors[-1])])
-            u = self.unit(hidden).squeeze(-1)
-        return logits, torch.cat([u, torch.zeros_like(u[:1])])
-
-
-def entropy(logits):
-    """Shannon entropy in nats of softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x."""
-    return logits.logsumexp(-1) - (logits * logits.softmax(-1)).sum(-1)
-
-
-def entropy_rule(logits, state, S):
-    """DeeBERT: leave when the entropy is under S nats; it is at most log C, so S > log C leaves after block 1."""
-    return entropy(logits) < S, state
-
-
-def patience_rule(logits, state, t):
-    """PABEE: leave when t blocks in a row have confirmed the answer, that is after t + 1 equal ones."""
-    label = logits.argmax(-1)
-    last, count = state or (label, torch.full_like(label, -1))
-    count = torch.where(label == last, count + 1, 0)
-    return count >= t, (label, count)
-
-
-def simulate(logits, rule):
-    """Where a rule leaves and what it answers, from the logits of all blocks (N, n, C): (labels (n,), exits (n,))."""
-    halts, state = [], ()
-    for logits_n in logits:
-        halt, state = rule(logits_n, state)
-        halts.append(halt)
-    return leave(logits, torch.stack(halts))
-
-
-def simulate_palbert(logits, z, q):
-    """PALBERT's "Q-exit": leave at the first block by which the chance to have stopped is at least q."""
-    return leave(logits, exit_chances(z).cumsum(0) >= q)
+def answers(model, dataset, args):
+    """`over` for an `Exits` or a `dact.DactBert` and a dataset: tensors (N, n, ...)."""
+    return over(model.heads, cls_vectors(model.backbone, dataset, args), args.device)
 
 
 def leave(answers, halt):
@@ -256,15 +177,125 @@ def leave(answers, halt):
     return answers[first, torch.arange(len(first))].argmax(-1), first + 1
 
 
-def bisect_to_depth(simulated, blocks, high, low=0.0):
-    """The x at which `simulated`, x -> (labels, exit_block), uses so many blocks; the more x, the fewer. By bisection."""
+def leave_by_rule(y, h, rule=dact.paper_rule):
+    """(labels, exits (n,)) of DACT's early exit, from what its heads say: y (N, n, C), h (N, n)."""
+    a, p = dact.accumulate_all(y, h)
+    sides = [rule(a_n, p_n, len(a) - n) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)]
+    return leave(a, torch.stack([left >= right for left, right in sides]))
+
+
+def entropy(logits):
+    """Shannon entropy in nats of softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x.
+
+    DeeBERT leaves where it is under S; it is at most log C, so S > log C leaves after block 1.
+    """
+    return logits.logsumexp(-1) - (logits * logits.softmax(-1)).sum(-1)
+
+
+def confirmations(logits):
+    """How many blocks in a row have confirmed the answer, at each block: logits (N, n, C) -> (N, n).
+
+    PABEE leaves where t have, that is after t + 1 equal answers.
+    """
+    labels = logits.argmax(-1)
+    counts = [torch.zeros_like(labels[0])]
+    for before, now in pairwise(labels):
+        counts.append(torch.where(now == before, counts[-1] + 1, 0))
+    return torch.stack(counts)
+
+
+def exit_chances(z):
+    """z (N, B) -> the chance to stop at each block: λ_n = σ(z_n) of what is left; the last block takes the rest.
+
+    PALBERT leaves at the first block by which the chance to have stopped is at least q (its "Q-exit").
+    """
+    # CHOICE: as in PonderNet; in PALBERT's code the last block has a λ_N, and the chances need not sum to 1.
+    stop = torch.cat([z.sigmoid()[:-1], torch.ones_like(z[:1])])
+    left = torch.cat([torch.ones_like(z[:1]), (1 - stop[:-1]).cumprod(0)])
+    return stop * left
+
+
+def bisect_to_depth(exits_at, blocks, high, low=0.0):
+    """The x at which `exits_at`, x -> (labels, exits), uses so many blocks; the more x, the fewer. By bisection."""
     for _ in range(25):
         middle = (low + high) / 2
-        low, high = (middle, high) if simulated(middle)[1].double().mean() > blocks else (low, middle)
+        low, high = (middle, high) if exits_at(middle)[1].double().mean() > blocks else (low, middle)
     return high
 
 
-# ---- Losses: logits (N, B, C), labels (B,) -> scalar, in nats -------------------------------------------------------
+# ---- Rivals' heads: [CLS] vectors of all blocks (N, B, D) -> a tuple of tensors (N, B, ...) -------------------------
+
+
+def off_ramp(size, num_classes):
+    """From [CLS] (B, D) to logits (B, C), as a `dact.DactModule` answers, boxes and all, without its halting unit."""
+    return nn.Sequential(dact.Scale(size), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, num_classes))
+
+
+class Ramps(nn.Module):
+    """An off-ramp after each of N blocks but the last, after which a copy of `classifier` answers."""
+
+    def __init__(self, N, classifier):
+        super().__init__()
+        num_classes, size = classifier.linear.weight.shape
+        ramps = [off_ramp(size, num_classes) for _ in range(N - 1)]
+        self.ramps = nn.ModuleList([*ramps, copy.deepcopy(classifier)])
+
+    def forward(self, cls):
+        """-> (logits (N, B, C),)"""
+        return (torch.stack([ramp(cls_n) for ramp, cls_n in zip(self.ramps, cls)]),)
+
+
+class PalbertHeads(Ramps):
+    """`Ramps` with a chance to stop, λ_n = σ(z_n): z_n from [CLS] of blocks n and n - 1, by one unit for all blocks.
+
+    The unit is that of the authors' code (github.com/tinkoff-ai/palbert, "linear_cat"), and so is the 0 before block 1.
+    """
+
+    def __init__(self, N, classifier):
+        super().__init__(N, classifier)
+        D = classifier.linear.in_features
+        self.scales = nn.ModuleList(dact.Scale(D) for _ in range(N))
+        hidden = [layer for _ in range(3) for layer in (nn.Linear(2 * D, 2 * D), nn.Tanh())]
+        self.stop = nn.Sequential(*hidden, nn.Linear(2 * D, 1))
+
+    def forward(self, cls):
+        """-> logits (N, B, C), z (N, B)."""
+        now = torch.stack([scale(cls_n) for scale, cls_n in zip(self.scales, cls)])  # (N, B, D)
+        before = torch.cat([torch.zeros_like(now[:1]), now[:-1]])
+        return *super().forward(cls), self.stop(torch.cat([now, before], -1)).squeeze(-1)
+
+
+class BerxitHeads(nn.Module):
+    """BERxiT's: on trained `Ramps` one linear unit for all blocks, which reads what a ramp's last layer reads."""
+
+    def __init__(self, ramps):
+        super().__init__()
+        self.ramps = ramps.ramps
+        self.unit = nn.Linear(self.ramps[-1].linear.in_features, 1)
+
+    def forward(self, cls):
+        """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last."""
+        *ramps, last = self.ramps
+        hidden = torch.stack([ramp[:-1](cls_n) for ramp, cls_n in zip(ramps, cls)])  # (N - 1, B, D)
+        logits = [*(ramp[-1](of_ramp) for ramp, of_ramp in zip(ramps, hidden)), last(cls[-1])]
+        u = self.unit(hidden).squeeze(-1)
+        return torch.stack(logits), torch.cat([u, torch.zeros_like(u[:1])])
+
+
+class Exits(nn.Module):
+    """A backbone with heads on the [CLS] vectors of all its blocks."""
+
+    def __init__(self, backbone, heads):
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+
+    def forward(self, *inputs):
+        cls = torch.stack([*dact.cls_after_blocks(self.backbone, inputs)])  # (N, B, D)
+        with torch.autocast(cls.device.type, enabled=False):  # heads are in full precision, always
+            return self.heads(cls.float())
+
+
+# ---- Losses: what heads say of B examples, labels (B,) -> scalar, in nats -------------------------------------------
 
 
 def deebert_loss(logits, labels):
@@ -289,27 +320,17 @@ def pabee_loss(logits, labels):
     return (weights * losses).sum() / weights.sum()
 
 
-def berxit_loss(outputs, labels):
+def berxit_loss(logits, u, labels):
     """Of the learned exit alone: Σ over the ramps of (σ(u_n) - [ramp n is wrong])², a mean over the batch.
 
     0 and 1 as in the paper; the authors' code (github.com/castorini/berxit) aims at 0.01 and 0.63.
     """
-    logits, u = outputs
     wrong = (logits.argmax(-1) != labels).float()
     return (u.sigmoid() - wrong)[:-1].square().mean(1).sum()
 
 
-def exit_chances(z):
-    """z (N, B) -> the chance to stop at each block: λ_n = σ(z_n) of what is left; the last block takes the rest."""
-    # CHOICE: as in PonderNet; in PALBERT's code the last block has a λ_N, and the chances need not sum to 1.
-    stop = torch.cat([z.sigmoid()[:-1], torch.ones_like(z[:1])])
-    left = torch.cat([torch.ones_like(z[:1]), (1 - stop[:-1]).cumprod(0)])
-    return stop * left
-
-
-def palbert_loss(outputs, labels, prior=0.1, beta=0.5):
+def palbert_loss(logits, z, labels, prior=0.1, beta=0.5):
     """Σ p_n L_n + β KL(geometric prior || p), a mean over the batch; p: `exit_chances`, L_n: cross-entropies."""
-    logits, z = outputs
     p, losses = exit_chances(z), torch.stack([F.cross_entropy(each, labels, reduction="none") for each in logits])
     wanted = exit_chances(torch.full((len(z), 1), math.log(prior / (1 - prior)), device=z.device))
     divergence = wanted * (wanted.log() - p.clamp(min=1e-8).log())
@@ -318,117 +339,111 @@ def palbert_loss(outputs, labels, prior=0.1, beta=0.5):
 
 def as_stage(loss):
     """One of the losses above as `train.fit` wants it."""
-
-    def stage_loss(model, inputs, labels):
-        return (loss(model(*inputs), labels),)
-
-    return stage_loss
+    return lambda model, inputs, labels: (loss(*model(*inputs), labels),)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def deebert(run, epochs=None):
-    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone."""
-    return ramps(run, deebert_loss, "DeeBERT", epochs)
+def trained(run, name, model, loss_of, dataset, **settings):
+    """`model` with the weights of the run's <name>.pt, in evaluation mode; if there is none, it learns first.
 
-
-def ramps(run, loss, name, epochs=None):
-    """An `Exits` whose ramps alone are trained, on cached vectors. epochs: by default twice the run's."""
-    # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate
-    # of the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
-    epochs = epochs or 2 * run.args.epochs
-    torch.manual_seed(run.args.seed)
-    exits = Exits(run.stage1.bert, run.stage1.classifier).to(run.args.device)
-
-    def train_them(args, record):
-        args.epochs = epochs
-        exits.heads.train()[-1].eval().requires_grad_(False)
-        train.fit(name, train.over_vectors(exits), as_stage(loss), run.vectors(), args, record)
-
-    train_or_load(run, f"{name}-{epochs:g}", exits.heads, train_them)
-    return exits.eval()
-
-
-def pabee(run, epochs=None):
-    """The run's PABEE: backbone and ramps together. epochs: by default the run's."""
-    return joint(run, Exits, pabee_loss, "PABEE", epochs)
-
-
-def palbert(run, epochs=None):
-    """The run's PALBERT, a `Palbert`. epochs: by default the run's."""
-    return joint(run, Palbert, palbert_loss, "PALBERT", epochs)
-
-
-def joint(run, kind, loss, name, epochs=None):
-    """A system whose backbone and heads train together."""
-    # DIFFERS: from stage 1's weights, as DACT, where the papers start from the pretrained ones.
-    torch.manual_seed(run.args.seed)
-    exits = kind(copy.deepcopy(run.stage1.bert), run.stage1.classifier).to(run.args.device)
-    train.without_dropout(exits.backbone)
-    return trained(run, name, exits, as_stage(loss), epochs)
-
-
-def berxit(run, epochs=None):
-    """The run's BERxiT, a `LearnedExit` on the ramps of its PABEE, whose losses are weighted as BERxiT's can be."""
-    # CHOICE: the unit learns after all else, as DACT's halting does, over cached vectors, for three times the epochs.
-    torch.manual_seed(run.args.seed)
-    model = LearnedExit(pabee(run, epochs)).to(run.args.device)
-
-    def train_it(args, record):
-        args.epochs = 3 * args.epochs
-        model.eval().heads.requires_grad_(False)
-        vectors = train.Vectors(model.backbone, run.train_set, run.args)
-        train.fit("BERxiT", train.over_vectors(model), as_stage(berxit_loss), vectors, args, record)
-
-    train_or_load(run, f"BERxiT-{epochs or run.args.epochs:g}", model.unit, train_it)
-    return model.eval()
-
-
-def first_blocks(run, k):
-    """A `BertClassifier` of the first k blocks of what stage 1 started from, fine-tuned with the run's settings."""
-    args = copy.copy(run.args)
-    args.model = None if args.model == train.SCRATCH else args.model
-    model = train.starting_model(args).model
-    model.bert.blocks = model.bert.blocks[:k]
-    model.bert.config = replace(model.bert.config, num_hidden_layers=k)
-    return trained(run, f"first-{k}", model.to(run.args.device), train.stage1_loss)
-
-
-def longer(run):
-    """Stage 1 once more, from what it left, as DACT's stage 2 without dropout in the backbone: a `BertClassifier`."""
-    model = copy.deepcopy(run.stage1)
-    train.without_dropout(model.bert)
-    return trained(run, "longer", model, train.stage1_loss)
-
-
-def trained(run, name, model, loss, epochs=None):
-    """`model` as a whole, trained with the run's data and settings, or loaded. epochs: if not the run's."""
-    epochs = epochs or run.args.epochs
-
-    def train_it(args, record):
-        args.epochs = epochs
-        train.fit(name, model.train(), loss, run.train_set, args, record)
-
-    return train_or_load(run, f"{name}-{epochs:g}", model, train_it)
-
-
-def train_or_load(run, name, model, train_it):
-    """`model` with the weights of the run's <name>.pt. If there is none, train_it(args, record) makes them first.
-
-    args: the run's settings; record: the `train.Record` for `train.fit`.
+    loss_of: as for `train.fit`. dataset: () -> what it learns on, asked for only then. settings: instead of the run's.
     """
     path = run.trained / f"{name.lower()}.pt"
     if path.exists():
         saved = bert.load_pickle(path)
         with data.reading(path, "it is not of this run; delete it to train it again"):
-            train.check_state(saved)
             model.load_state_dict(saved)
         return model.eval()
-    lines = 20 if sys.stdout.isatty() else 1  # scripts train many systems
-    train_it(copy.copy(run.args), train.Record(path.with_suffix(""), {"system": name}, lines=lines))
-    train.write_whole(path, train.torch_bytes(model.state_dict()))
+    run.trained.mkdir(exist_ok=True)
+    with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as log:
+        train.fit(name, model, loss_of, dataset(), argparse.Namespace(**vars(run.args) | settings), log)
+    content = io.BytesIO()
+    torch.save(model.state_dict(), content)
+    train.write_whole(path, content.getbuffer())
     return model.eval()
+
+
+def deebert(run, epochs=None):
+    """The run's DeeBERT, an `Exits` on stage 1's frozen backbone."""
+    return frozen(run, deebert_loss, "DeeBERT", epochs)
+
+
+def frozen(run, loss, name, epochs=None):
+    """An `Exits` whose ramps alone are trained, on cached vectors. epochs: by default twice the run's."""
+    # DIFFERS: in the papers a ramp is a pooler and a linear layer (DeeBERT) or a self-attention (FastBERT), at the rate
+    # of the backbone. Here every system has DACT's answer head, with DACT's start and DACT's --head-lr.
+    epochs = epochs or 2 * run.args.epochs
+    torch.manual_seed(run.args.seed)
+    heads = Ramps(run.N, run.stage1.classifier).to(run.args.device).train()
+    heads.ramps[-1].eval().requires_grad_(False)
+    # Heads are in full precision, always.
+    settings = {"epochs": epochs, "precision": "float32"}
+    return Exits(run.stage1.bert, trained(run, f"{name}-{epochs:g}", heads, as_stage(loss), run.vectors, **settings))
+
+
+def pabee(run, epochs=None):
+    """The run's PABEE: backbone and ramps together. epochs: by default the run's."""
+    return joint(run, Ramps, pabee_loss, "PABEE", epochs)
+
+
+def joint(run, heads, loss, name, epochs=None):
+    """An `Exits` whose backbone and heads train together."""
+    # DIFFERS: from stage 1's weights, as DACT, where the papers start from the pretrained ones.
+    epochs = epochs or run.args.epochs
+    torch.manual_seed(run.args.seed)
+    model = Exits(copy.deepcopy(run.stage1.bert), heads(run.N, run.stage1.classifier)).to(run.args.device)
+    train.without_dropout(model.backbone)
+    return trained(run, f"{name}-{epochs:g}", model.train(), as_stage(loss), lambda: run.train_set, epochs=epochs)
+
+
+def berxit(run, epochs=None):
+    """The run's BERxiT: `BerxitHeads` on the ramps of its PABEE, whose losses are weighted as BERxiT's can be."""
+    # CHOICE: the unit learns after all else, as DACT's halting does, over cached vectors, for three times the epochs.
+    exits = pabee(run, epochs)
+    torch.manual_seed(run.args.seed)
+    heads = BerxitHeads(exits.heads).to(run.args.device).eval().requires_grad_(False)
+    heads.unit.requires_grad_(True)
+    name, settings = f"BERxiT-{epochs or run.args.epochs:g}", {"epochs": 3 * run.args.epochs, "precision": "float32"}
+    vectors = partial(cls_vectors, exits.backbone, run.train_set, run.args)
+    return Exits(exits.backbone, trained(run, name, heads, as_stage(berxit_loss), vectors, **settings))
+
+
+def first_blocks(run, k):
+    """A `BertClassifier` of the first k blocks of what stage 1 started from, fine-tuned with the run's settings."""
+    model = train.starting_model(run.args).model
+    model.bert.blocks = model.bert.blocks[:k]
+    model.bert.config = replace(model.bert.config, num_hidden_layers=k)
+    return trained(run, f"first-{k}", model.to(run.args.device).train(), train.stage1_loss, lambda: run.train_set)
+
+
+def longer(run):
+    """Stage 1 once more, from what it left, as DACT's stage 2 without dropout in the backbone: a `BertClassifier`."""
+    model = copy.deepcopy(run.stage1).train()
+    train.without_dropout(model.bert)
+    return trained(run, "longer", model, train.stage1_loss, lambda: run.train_set)
+
+
+# ---- DACT at another price of a block -------------------------------------------------------------------------------
+
+
+def dact_over_tau(run, taus):
+    """The heads of the run's DACT with halting alone trained anew, by equation (3), at other prices: {tau: heads}.
+
+    "The training of only the confidence functions" (section 3.1).
+    """
+    vectors = cache(partial(cls_vectors, run.dact.backbone, run.train_set, run.args, MOST_FOR_HALTING))
+
+    def at(tau):
+        model = Exits(run.dact.backbone, copy.deepcopy(run.dact.heads))
+        train.freeze_all_but_halting(model)
+        loss, settings = partial(train.stage2_loss, tau=tau), {"epochs": 2 * run.args.epochs, "precision": "float32"}
+        heads = trained(run, f"tau-{tau:g}", model.heads, loss, vectors, **settings)  # as train.run
+        model.requires_grad_(True)  # the backbone is the run's
+        return heads
+
+    return {tau: at(tau) for tau in taus}
 
 
 # ---- Section 3.1: DeeBERT as a case of DACT -------------------------------------------------------------------------
@@ -437,78 +452,43 @@ def train_or_load(run, name, model, train_it):
 class EntropyHead(nn.Module):
     """A head of DACT whose halting value is a logistic regression on an entropy in nats: h_n = σ(w (H(y_n) - S)).
 
-    answer: [CLS] (B, D) -> logits of y_n, such as an off-ramp of DeeBERT's; it does not learn with this. S is DeeBERT's
+    It reads logits (B, C) of y_n, such as those of DeeBERT's off-ramp, which do not learn with it. S is DeeBERT's
     threshold: below it h_n < 1/2. With a large w the gate is a step, all weight lies on the first block below its S,
     and DACT *is* DeeBERT (on DeeBERT's ramps).
     """
 
-    def __init__(self, answer, halt):
+    def __init__(self, halt):
         super().__init__()
-        self.answer, self.halt = answer, halt
+        self.halt = halt
 
-    def forward(self, cls):
-        with torch.no_grad():
-            logits = self.answer(cls)
-        with torch.autocast(cls.device.type, enabled=False):
-            return logits.softmax(-1), self.halt(entropy(logits)[:, None]).squeeze(-1).sigmoid()
+    def forward(self, logits):
+        return logits.softmax(-1), self.halt(entropy(logits)[:, None]).squeeze(-1).sigmoid()
 
     def threshold(self):
         """S = -bias / weight, in nats."""
         return (-self.halt.bias / self.halt.weight).item()
 
 
-def entropy_dact(model, answers, tied, S, weight=10.0):
-    """A `DactBert` on the backbone of `model` whose heads are `EntropyHead`s on `answers`, from a threshold of S nats.
-
-    model: a `DactBert`. answers: a function for each block. tied: one w and one S for all blocks, as in DeeBERT.
-    """
-    halts = [nn.Linear(1, 1) for _ in answers]
+def entropy_heads(N, tied, S, weight=10.0):
+    """`dact.Heads` of N `EntropyHead`s, from a threshold of S nats. tied: one w and one S for all, as in DeeBERT."""
+    halts = [nn.Linear(1, 1) for _ in range(N)]
     for halt in halts:
         nn.init.constant_(halt.weight, weight)
         nn.init.constant_(halt.bias, -weight * S)
-    heads = [EntropyHead(answer, halts[0] if tied else halt) for answer, halt in zip(answers, halts)]
-    return train.replaced(model, heads=nn.ModuleList(heads).to(next(model.parameters()).device))
+    return dact.Heads(EntropyHead(halts[0] if tied else halt) for halt in halts)
 
 
-def learned_entropy_dact(run, exits, tied, S):
+def learned_entropy_heads(run, exits, tied, S):
     """The third stage of section 3.1: on DeeBERT's ramps the confidence functions alone are trained, by (3), from S."""
-    answers = [partial(exits.answer, n) for n in range(1, len(exits.heads) + 1)]
-    model = entropy_dact(train.replaced(run.dact, backbone=exits.backbone), answers, tied, S)
-    name = f"entropy-{'tied' if tied else 'untied'}-{S:g}"
 
-    def train_it(args, record):
-        # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
-        args.epochs, args.head_lr = 10 * args.epochs, 5e-2
-        loss = partial(train.stage2_loss, tau=args.tau)
-        train.fit(name, train.over_vectors(model), loss, run.vectors(), args, record)
+    def logits():
+        (values,) = over(exits.heads, run.vectors(), run.args.device)
+        return replace(run.vectors(), values=values)
 
-    train_or_load(run, name, model.heads, train_it)
-    return model.eval()
-
-
-# ---- DACT at another price of a block -------------------------------------------------------------------------------
-
-
-def dact_over_tau(run, taus):
-    """The run's DACT with its halting units alone trained anew, by equation (3), at other prices: {tau: `DactBert`}.
-
-    "The training of only the confidence functions" (section 3.1).
-    """
-    vectors = cache(partial(train.Vectors, run.dact.backbone, run.train_set, run.args, train.MOST_FOR_HALTING))
-
-    def at(tau):
-        model = train.replaced(run.dact, heads=copy.deepcopy(run.dact.heads))
-        train_or_load(run, f"tau-{tau:g}", model.heads,
-                      lambda args, record: train.learn_halting(model, tau, vectors(), args, record))  # fmt: skip
-        return model.eval()
-
-    return {tau: at(tau) for tau in taus}
-
-
-def logits_of(model, vectors, args):
-    """A `DactBert`'s heads over `Vectors`: logits of y (N, n, C), and z (N, n), h before the sigmoid."""
-    model = train.replaced(model, heads=[head.logits for head in model.heads])
-    return train.outputs(train.over_vectors(model), vectors, args)
+    heads, name = entropy_heads(run.N, tied, S).to(run.args.device), f"entropy-{'tied' if tied else 'untied'}-{S:g}"
+    # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.
+    settings = {"epochs": 10 * run.args.epochs, "head_lr": 5e-2, "precision": "float32"}
+    return trained(run, name, heads, partial(train.stage2_loss, tau=run.args.tau), logits, **settings)
 
 
 # ---- Pictures and command lines -------------------------------------------------------------------------------------
@@ -521,34 +501,25 @@ def save_figure(figure, path, dpi=150):
     train.write_whole(path, content.getbuffer())
 
 
-def show_panels(panels, table, draw, path):
-    """Print table(panel) of each run's panel and leave draw(panels) at `path`."""
-    print("\n\n".join(table(panel) for panel in panels))
-    save_figure(draw(panels), path)
-    print(f"\nsaved      {path}")
+def number(kind, low, high):
+    """A type for argparse: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message about what is no number
+    return parse
 
 
 def arguments(description, *flags):
-    """The flags that every file here has, and `flags`, pairs of (name, keywords) of its own."""
+    """The flags that the files here have, and `flags`, pairs of (name, keywords) of its own."""
     parser = train.Parser(description=description.splitlines()[0])
-    parser.add_argument("runs", nargs="*", default=["runs/toy"], help="folders of finished runs (default: runs/toy)")
+    toy = os.path.relpath(ROOT / "runs/toy")
+    parser.add_argument("runs", nargs="*", default=[toy], help=f"folders of finished runs (default: {toy})")
     parser.add_argument("--data", help="folder of the GLUE files (default: train.py's cache)")
     for name, keywords in flags:
         parser.add_argument(name, **keywords)
     return parser
-
-
-def command(main):
-    """Run main(argv), with train.py's one line for mistakes; returns the exit status."""
-    try:
-        main(sys.argv[1:])
-    except (data.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (torch.OutOfMemoryError, MemoryError):
-        print("error: the memory is full; free some, or hide a full GPU (CUDA_VISIBLE_DEVICES=)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0

@@ -54,7 +54,7 @@ def head_entropies(backbone, dataset, batch_size, device):
     """The mean of `attention_entropy` over all real tokens of a dataset, for each block and head: (N, H), nats."""
     sums = [0.0] * len(backbone.blocks)
     for indices in data.evaluation_batches(dataset.lengths, batch_size):
-        *inputs, mask = (x.to(device) for x in dataset.batch(indices)[0])
+        *inputs, mask = dataset.batch(indices, device)[0]
         hidden = backbone.embed(*inputs)
         for n, block in enumerate(backbone.blocks):
             nats = attention_entropy(block.attention, hidden, mask) * mask[:, None]  # pads ask nothing
@@ -70,13 +70,13 @@ def uniform_entropy(lengths):
 
 def reached(run, dataset):
     """The share of a dataset, 0 to 1, on which DACT runs block 1 .. N under the run's rule."""
-    exit_block = train.predict(run.early_exit, dataset, run.args).exit_block
-    return [(exit_block >= n).double().mean().item() for n in range(1, len(run.dact.backbone.blocks) + 1)]
+    _, _, exit_block = train.predict({"early": run.early_exit}, dataset, run.args)[0]["early"]
+    return [(exit_block >= n).double().mean().item() for n in range(1, run.N + 1)]
 
 
 def measure(run, count):
     """A run's `Panel`, from the first `count` examples of its dev set; attention is computed in float32."""
-    dev = run.dev.part(np.arange(min(count, len(run.dev))))
+    dev = run.saved.dataset(baselines.part_of(run.splits[1], range(min(count, len(run.dev)))))
     backbones = {"DACT": run.dact.backbone, "DeeBERT": run.stage1.bert}
     found = {name: head_entropies(model, dev, run.args.batch, run.args.device) for name, model in backbones.items()}
     part = f"first {len(dev)} of {len(run.dev)}" if len(dev) < len(run.dev) else f"all {len(dev)}"
@@ -129,11 +129,12 @@ def draw_panel(axes, panel):
 
 
 def main(argv):
-    flag = {"type": train.number(int, 1, 10**9), "default": 400, "help": "dev examples of a run (default: first 400)"}
+    flag = {"type": baselines.number(int, 1, 10**9), "default": 400, "help": "dev examples (default: the first 400)"}
     args = baselines.arguments(__doc__, ("--examples", flag)).parse_args(argv)
     panels = [measure(baselines.open_run(folder, args.data), args.examples) for folder in args.runs]
-    baselines.show_panels(panels, table, draw, Path(args.runs[0]) / "figure2.png")
+    print("\n\n".join(map(table, panels)))
+    baselines.save_figure(draw(panels), Path(args.runs[0]) / "figure2.png")
 
 
 if __name__ == "__main__":
-    raise SystemExit(baselines.command(main))
+    raise SystemExit(train.command(main))

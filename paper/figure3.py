@@ -5,21 +5,20 @@
 Integrated Gradients of the log-odds of the predicted class where each system leaves: DACT's a_n at its exit block n,
 and the off-ramp at which DeeBERT exits. DeeBERT's S is the one at which it runs as many blocks as DACT on the dev set;
 no label is looked at. By default the first two dev examples that both answer right, of the hardest level if there are
-levels. Leaves figure3.html (numbers appear under the pointer) and figure3.png in the run's folder.
+levels. Leaves figure3.png in the run's folder.
 """
 
-import html
 import math
-from functools import partial
 from typing import NamedTuple
 
 import attributions
 import baselines
+import torch
 from attributions import COLOURS, MARKED, Attribution
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+import dact
 import train
 
 TITLE = "Integrated Gradients of the log-odds of the predicted class"
@@ -38,45 +37,42 @@ class Row(NamedTuple):
 
 
 def main(argv):
-    args = baselines.arguments(__doc__, *attributions.FLAGS).parse_args(argv)
+    args = baselines.arguments(__doc__, attributions.EXAMPLES).parse_args(argv)
     for folder in args.runs:
         run = baselines.open_run(folder, args.data)
-        attributions.check_examples(run, args.examples)
-        exits = baselines.deebert(run)
-        (logits,) = train.outputs(exits, run.dev, run.args)
-
-        def deebert(S, logits=logits):
-            return baselines.simulate(logits, partial(baselines.entropy_rule, S=S))
-
-        S = baselines.bisect_to_depth(deebert, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
-        labels, _ = deebert(S)
-        examples = args.examples or attributions.first_right(run, 2, labels)
-        rows = {i: [deebert_row(run, exits, S, i, args.steps), dact_row(run, i, args.steps)] for i in examples}
-        text = page(run, rows).encode()
-        train.write_whole(run.folder / "figure3.html", text)
-        draw(run, rows, run.folder / "figure3.png")
+        exits, S, deebert = deebert_at_the_same_depth(run)
+        rows = {}
+        for i in attributions.chosen_examples(run, args.examples, 2, deebert.label):
+            theirs, ours = (column[[i]] for column in deebert), run.early_exit(*attributions.inputs_of(run, i))
+            rows[i] = [row(f"DeeBERT (S = {S:.2g})", run, exits, dact.Halted(*theirs), attributions.ramp_answer, i),
+                       row("DACT-BERT", run, run.dact, ours, attributions.dact_answer, i)]  # fmt: skip
         for i, pair in rows.items():
-            for row in pair:
-                print(f"example {i}: {row.title}; {attributions.described(run, [row.found])}")
-        print(f"saved {run.folder / 'figure3.html'} and {run.folder / 'figure3.png'}")
+            for each in pair:
+                print(f"example {i}: {each.title}; {attributions.described(run, [each.found])}")
+        draw(run, rows, run.folder / "figure3.png")
 
 
-def dact_row(run, i, steps):
-    return row("DACT-BERT", run, run.dact, attributions.halted(run, i), attributions.dact_answer, i, steps)
+def deebert_at_the_same_depth(run):
+    """(the run's DeeBERT, S, its `dact.Halted` for the dev set) where it runs as many blocks as DACT."""
+    exits = baselines.deebert(run)
+    (logits,) = baselines.answers(exits, run.dev, run.args)
+    H = baselines.entropy(logits)
+
+    def exits_at(S):
+        return baselines.leave(logits, H < S)
+
+    S = baselines.bisect_to_depth(exits_at, run.metrics["dact"]["mean_blocks"], math.log(len(run.labels)))
+    labels, exit_block = exits_at(S)
+    a = logits[exit_block - 1, torch.arange(len(labels))].softmax(-1)  # (n, C)
+    return exits, S, dact.Halted(labels, a, exit_block)
 
 
-def deebert_row(run, exits, S, i, steps):
-    halted = exits.early_exit(*attributions.inputs_of(run, i), rule=partial(baselines.entropy_rule, S=S))
-    return row(f"DeeBERT (S = {S:.2g})", run, exits, halted, attributions.ramp_answer, i, steps)
-
-
-def row(system, run, model, halted, score, i, steps):
+def row(system, run, model, halted, score, i):
     """The `Row` of a system that answered `halted` about dev example i. score: a function of `attributions`."""
-    n, label, N = halted.exit_block.item(), halted.label.item(), len(model.backbone.blocks)
-    x, baseline = attributions.line(run, model.backbone, i)
-    method = attributions.integrated_gradients
-    found = attributions.to_one_percent(method, score(model, n, label), x, baseline, steps)
-    title = f"{system}: {run.labels[label]!r} with {halted.a[0, label]:.3f} after block {n} of {N}"
+    n, label = halted.exit_block.item(), halted.label.item()
+    line = attributions.line(run, model.backbone, i)
+    found = attributions.to_one_percent(attributions.integrated_gradients, score(model, n, label), *line)
+    title = f"{system}: {run.labels[label]!r} with {halted.a[0, label]:.3f} after block {n} of {run.N}"
     return Row(title, attributions.words_of(run, i), found)
 
 
@@ -90,46 +86,7 @@ def note(run, found):
     return f"{change}; {attributions.described(run, [found])}"
 
 
-# ---- As a page, and as a picture ------------------------------------------------------------------------------------
-
-
-def page(run, rows):
-    """The figure as HTML, complete in itself. rows: {example: [Row]}."""
-    parts = []
-    for i, pair in rows.items():
-        parts.append(f"<h2>{html.escape(heading(run, i))}</h2>")
-        for row in pair:
-            tokens = zip(row.words, row.found.parts.tolist(), attributions.shares(row.found.parts).tolist())
-            spans = " ".join(span(*token) for token in tokens)
-            parts.append(f"<h3>{html.escape(row.title)}</h3>\n<p>{spans}</p>")
-            parts.append(f"<p><small>{html.escape(note(run, row.found))}</small></p>")
-    return PAGE.format(title=TITLE, legend=html.escape(LEGEND.capitalize()), body="\n".join(parts))
-
-
-def span(word, nats, share):
-    """One token: its colour, its mark, and its number under the pointer."""
-    mark = ("for" if share > 0 else "against") if abs(share) >= MARKED else ""
-    colour = to_hex(COLOURS((share + 1) / 2))
-    return f'<span class="{mark}" style="background:{colour}" title="{nats:+.4f} nats">{html.escape(word)}</span>'
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Figure 3: attributions of the answer</title>
-<style>
-body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #000; background: #fff }}
-h2, h3 {{ line-height: 1.3 }}
-span {{ padding: 1px 3px; border-bottom: 3px solid transparent }}
-span.for {{ border-bottom-color: #1f5fa0 }}
-span.against {{ border-bottom: 3px dotted #a34a00 }}
-</style>
-<h1>Figure 3: which tokens the answer rests on</h1>
-<p>{title}. {legend}.</p>
-{body}
-</html>
-"""
-
+# ---- The picture ----------------------------------------------------------------------------------------------------
 
 COLUMNS, SIZE = 110, 10  # of the picture: characters in a line, and points of a letter
 CHARACTER = SIZE * 0.602 / 72  # width of a letter of DejaVu Sans Mono in inches
@@ -180,4 +137,4 @@ def draw_token(axis, column, y, word, share):
 
 
 if __name__ == "__main__":
-    raise SystemExit(baselines.command(main))
+    raise SystemExit(train.command(main))

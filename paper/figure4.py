@@ -16,40 +16,41 @@ from attributions import COLOURS, MARKED
 from matplotlib.figure import Figure
 
 import data
+import train
 
 
 def main(argv):
-    args = baselines.arguments(__doc__, *attributions.FLAGS).parse_args(argv)
+    args = baselines.arguments(__doc__, attributions.EXAMPLES).parse_args(argv)
     if len(args.examples) > 1:
         raise data.InputError(f"--examples: figure 4 is of one example, found {len(args.examples)}; give one number")
     for folder in args.runs:
         run = baselines.open_run(folder, args.data)
-        attributions.check_examples(run, args.examples)
-        i = (args.examples or attributions.first_right(run, 1))[0]
-        halted = attributions.halted(run, i)
+        (i,) = attributions.chosen_examples(run, args.examples, 1)
+        halted = run.early_exit(*attributions.inputs_of(run, i))
         n, label = halted.exit_block.item(), halted.label.item()
-        halting, output, conductance = attribute(run, i, n, label, args.steps)
+        halting, output, conductance = attribute(run, i, n, label)
         with torch.no_grad():
             h = run.dact(*attributions.inputs_of(run, i))[1][:, 0].tolist()
         answer = f"{run.labels[label]!r} with {halted.a[0, label]:.3f} after block {n} of {len(h)}"
         print(f"example {i}: label {run.labels[run.dev.labels[i]]!r}; DACT-BERT: {answer}")
-        for name, found in (("halting", halting), ("answer", [output]), ("conductance", [conductance])):
-            print(f"{name:<12}{attributions.described(run, found)}")
+        notes = [f"{name}: {attributions.described(run, of)}" for name, of in
+                 (("halting", halting), ("answer", [output]), ("conductance", [conductance]))]  # fmt: skip
+        print("\n".join(notes))
         print_neurons(conductance, h)
-        draw(run, i, h, answer, (halting, output, conductance), run.folder / "figure4.png")
-        print(f"saved {run.folder / 'figure4.png'}")
+        figure = draw(run, i, h, answer, (halting, output, conductance))
+        figure.supxlabel("\n".join(notes), size=9, parse_math=False)
+        baselines.save_figure(figure, run.folder / "figure4.png", dpi=110)
 
 
-def attribute(run, i, n, label, steps):
+def attribute(run, i, n, label):
     """(the halting value of each block, the answer at exit n, the conductance of log p_n) of dev example i."""
-    x, baseline = attributions.line(run, run.dact.backbone, i)
+    line = attributions.line(run, run.dact.backbone, i)
     gradients, conductance = attributions.integrated_gradients, attributions.layer_conductance
 
     def found(method, score):
-        return attributions.to_one_percent(method, score, x, baseline, steps)
+        return attributions.to_one_percent(method, score, *line)
 
-    N = len(run.dact.backbone.blocks)
-    halting = [found(gradients, attributions.halting_value(run.dact, k)) for k in range(1, N + 1)]
+    halting = [found(gradients, attributions.halting_value(run.dact, k)) for k in range(1, run.N + 1)]
     output = found(gradients, attributions.dact_answer(run.dact, n, label))
     return halting, output, found(conductance, attributions.weight_left(run.dact, n))
 
@@ -70,7 +71,7 @@ def print_neurons(conductance, h, top=3):
 # ---- The picture ----------------------------------------------------------------------------------------------------
 
 
-def draw(run, i, h, answer, found, path):
+def draw(run, i, h, answer, found):
     """Heat map of blocks x tokens above that of the answer; conductance by block on the right."""
     halting, output, conductance = found
     N, words, n = len(h), attributions.words_of(run, i), len(conductance.parts)
@@ -94,10 +95,7 @@ def draw(run, i, h, answer, found, path):
     figure.colorbar(bottom, ax=axes[1, 0], label="nats", aspect=5, pad=0.01, ticks=ends, format="%.2f")
     bars(axes[0, 1], [layer.sum().item() for layer in conductance.parts], N)
     axes[1, 1].axis("off")
-    notes = [f"{name}: {attributions.described(run, of)}" for name, of in
-             (("halting", halting), ("answer", [output]), ("conductance", [conductance]))]  # fmt: skip
-    figure.supxlabel("\n".join(notes), size=9, parse_math=False)
-    baselines.save_figure(figure, path, dpi=110)
+    return figure
 
 
 def heat_map(axis, values):
@@ -121,4 +119,4 @@ def bars(axis, nats, N):
 
 
 if __name__ == "__main__":
-    raise SystemExit(baselines.command(main))
+    raise SystemExit(train.command(main))

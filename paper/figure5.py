@@ -2,11 +2,10 @@
 
     python paper/figure5.py runs/mrpc --S 0.25 0.5      # a panel for each run; leaves runs/mrpc/figure5.png
 
-DACT leaves by equation (4) and by its exact form; DeeBERT leaves when the entropy of an answer is under S nats. Where
-the dev set has groups, such as the toy task's levels, a second panel shows which of them leave where by (4).
+DACT leaves by equation (4), or by the run's --rule; DeeBERT leaves when the entropy of an answer is under S nats. Where
+the dev set has groups, such as the toy task's levels, a second panel shows which of them leave where in DACT.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +13,9 @@ import baselines
 import numpy as np
 from matplotlib.figure import Figure
 
-import dact
 import train
 
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7")  # twice DACT, then DeeBERT: for the colour-blind, too
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#CC79A7")  # DACT, then DeeBERT: for the colour-blind, too
 SHADES = ("#9ecae1", "#4292c6", "#084594")  # of groups, from easy to hard
 HATCHES = ("", "///", "...", "xxx")  # without any colour
 
@@ -28,31 +26,27 @@ class Panel(NamedTuple):
     title: str
     exits: dict  # variant: a list of N counts
     scores: dict  # variant: {metric: percent}
-    groups: dict  # group: a list of N counts, by rule (4)
+    ours: str  # the variant that is DACT
+    groups: dict  # group: a list of N counts, of DACT
 
 
 def measure(run, thresholds):
     """A run's `Panel`: its dev set through DACT and through DeeBERT, which is trained first if it has not been."""
-    ramps = baselines.deebert(run)
-    rules = {f"DACT, {title}": dact.RULES[rule] for rule, title in train.RULE_NAMES.items()}
-    variants = {name: partial(run.dact.early_exit, rule=rule) for name, rule in rules.items()}
+    ours = f"DACT, {train.RULE_NAMES[run.args.rule]}"
+    label, _, exit_block = train.predict({"early": run.early_exit}, run.dev, run.args)[0]["early"]
+    found = {ours: (label, exit_block)}
+    (logits,) = baselines.answers(baselines.deebert(run), run.dev, run.args)
     for S in thresholds:
-        variants[f"DeeBERT, S = {S:g}"] = partial(ramps.early_exit, rule=partial(baselines.entropy_rule, S=S))
-    N, exits, scores, groups = len(run.dact.backbone.blocks), {}, {}, {}
-    predictions = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
-    for name, halted in predictions.items():
-        exits[name] = train.blocks_used(halted.exit_block, N)["exit_histogram"]
-        scores[name] = train.scores(halted.label, run.dev.labels, run.args.task)
-    exit_block = predictions["DACT, rule (4)"].exit_block
-    for group in dict.fromkeys(run.dev.groups):
-        of_group = exit_block[[name == group for name in run.dev.groups]]
-        groups[group] = train.blocks_used(of_group, N)["exit_histogram"]
-    return Panel(f"{run.args.task}: {len(run.dev)} dev examples", exits, scores, groups)
+        found[f"DeeBERT, S = {S:g}"] = baselines.leave(logits, baselines.entropy(logits) < S)
+    exits = {name: histogram(run, exits) for name, (_, exits) in found.items()}
+    scores = {name: train.scores(labels, run.dev.labels, run.args.task) for name, (labels, _) in found.items()}
+    groups = {group: [of == group for of in run.dev.groups] for group in dict.fromkeys(run.dev.groups)}
+    groups = {group: histogram(run, exit_block[rows]) for group, rows in groups.items()}
+    return Panel(f"{run.args.task}: {len(run.dev)} dev examples", exits, scores, ours, groups)
 
 
-def mean_block(counts):
-    """The mean exit of a list of N counts, from 1."""
-    return sum(n * count for n, count in enumerate(counts, start=1)) / sum(counts)
+def histogram(run, exit_block):
+    return train.blocks_used(exit_block, run.N)["exit_histogram"]
 
 
 def table(panel):
@@ -61,15 +55,15 @@ def table(panel):
     lines = [f"{panel.title}; how many leave after block"]
     lines.append(f"{'':<22}" + "".join(f"{n:>6}" for n in range(1, N + 1)) + f"   mean block{metric:>11}")
     for name, counts in panel.exits.items():
-        row = "".join(f"{count:>6}" for count in counts)
-        lines.append(f"{name:<22}{row}{mean_block(counts):>13.2f}{panel.scores[name][metric]:>10.1f}%")
+        row, mean = "".join(f"{count:>6}" for count in counts), np.average(range(1, N + 1), weights=counts)
+        lines.append(f"{name:<22}{row}{mean:>13.2f}{panel.scores[name][metric]:>10.1f}%")
     return "\n".join(lines)
 
 
 def draw(panels):
     """The figure: a panel for each run, a group of bars for each block; then one for the groups of its examples."""
     drawn = [(panel.title, panel.exits, COLOURS) for panel in panels]
-    drawn += [(f"{panel.title}, DACT, rule (4)", panel.groups, SHADES) for panel in panels if panel.groups]
+    drawn += [(f"{panel.title}, {panel.ours}", panel.groups, SHADES) for panel in panels if panel.groups]
     figure = Figure(figsize=(7.0 * len(drawn) + 0.5, 4.4), layout="constrained")
     row = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axes, (title, bars, colours) in zip(row, drawn):
@@ -97,12 +91,13 @@ def draw_panel(axes, title, bars, colours):
 
 
 def main(argv):
-    flag = {"type": train.number(float, 0, 100), "nargs": "+", "default": [0.25, 0.5], "metavar": "NATS",
+    flag = {"type": baselines.number(float, 0, 100), "nargs": "+", "default": [0.25, 0.5], "metavar": "NATS",
             "help": "DeeBERT's entropy thresholds; give them after the folders (default: 0.25 0.5)"}  # fmt: skip
     args = baselines.arguments(__doc__, ("--S", flag)).parse_args(argv)
     panels = [measure(baselines.open_run(folder, args.data), args.S) for folder in args.runs]
-    baselines.show_panels(panels, table, draw, Path(args.runs[0]) / "figure5.png")
+    print("\n\n".join(map(table, panels)))
+    baselines.save_figure(draw(panels), Path(args.runs[0]) / "figure5.png")
 
 
 if __name__ == "__main__":
-    raise SystemExit(baselines.command(main))
+    raise SystemExit(train.command(main))

@@ -8,8 +8,6 @@ does; untied, each block has its own. Each is trained from a low and from a high
 found. Beside them stands DeeBERT itself with the learned tied S for its threshold.
 """
 
-from functools import partial
-
 import baselines
 
 import train
@@ -25,34 +23,33 @@ def main(argv):
 
 
 def learn(run):
-    """({variant: inputs -> Halted} to be measured, {name: thresholds in nats}); trained unless the run holds them."""
+    """({name: thresholds in nats}, {variant: its (labels, exits (n,)) on the dev set}); trained if it is not yet."""
     exits = baselines.deebert(run)
-    variants, learned = {}, {}
+    (logits,) = baselines.answers(exits, run.dev, run.args)
+    vectors = baselines.Vectors(logits, run.dev.labels, run.dev.lengths)
+    learned, variants = {}, {}
     for tied in (True, False):
         for start in STARTS:
-            model = baselines.learned_entropy_dact(run, exits, tied, start)
+            heads = baselines.learned_entropy_heads(run, exits, tied, start)
             name = f"{'tied' if tied else 'untied'}, from S = {start}"
-            learned[name] = [head.threshold() for head in model.heads][: 1 if tied else None]
-            variants[f"DACT, {name}"] = model.early_exit
+            learned[name] = [head.threshold() for head in heads][: 1 if tied else None]
+            variants[f"DACT, {name}"] = baselines.leave_by_rule(*baselines.over(heads, vectors, run.args.device))
             if tied:
                 S = learned[name][0]
-                variants[f"DeeBERT, S = {S:.3f}"] = partial(exits.early_exit, rule=partial(baselines.entropy_rule, S=S))
-    return variants, learned
+                variants[f"DeeBERT, S = {S:.3f}"] = baselines.leave(logits, baselines.entropy(logits) < S)
+    return learned, variants
 
 
-def report(run, variants, learned):
+def report(run, learned, variants):
     """Print the learned thresholds in nats, and what each variant makes of the dev set."""
     print(f"\n{run.folder}: {run.args.task}, seed {run.args.seed}, tau {run.args.tau:g}; learned S in nats")
     for name, thresholds in learned.items():
         print(f"{name:<28}" + " ".join(f"{S:6.3f}" for S in thresholds))
-    for name, variant in variants.items():
-        halted = train.predict(variant, run.dev, run.args)
-        scores = train.scores(halted.label, run.dev.labels, run.args.task)
-        saved = train.blocks_used(halted.exit_block, len(run.dact.backbone.blocks))["saved"]
-        print(
-            f"{name:<28}" + "".join(f"  {metric} {x:5.1f}%" for metric, x in scores.items()) + f"  saved {saved:5.1f}%"
-        )
+    for name, (labels, exit_block) in variants.items():
+        scores = train.scores(labels, run.dev.labels, run.args.task)
+        shown = "".join(f"  {metric} {score:5.1f}%" for metric, score in scores.items())
+        print(f"{name:<28}{shown}  saved {train.blocks_used(exit_block, run.N)['saved']:5.1f}%")
 
 
 if __name__ == "__main__":
-    raise SystemExit(baselines.command(main))
+    raise SystemExit(train.command(main))

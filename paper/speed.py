@@ -1,18 +1,14 @@
 """Are saved blocks saved seconds? One table of ratios; the two sides of each are timed in turn in the same run.
 
     python paper/speed.py                             runs/toy, and random weights of BERT-base's shape
-    python paper/speed.py runs/mrpc --task rte        your run; an epoch over the lengths of another task
-    python paper/speed.py --model bert-base-uncased --task rte    the shape, the lengths and the loading of a real model
+    python paper/speed.py runs/mrpc --model bert-base-uncased        your run; the shape and the loading of a real model
 
 Early exit is measured on finished runs, and drawn over batch sizes into the run's folder (speed.png). A training step
-and an epoch stand against `transformers`, with SDPA attention and the same AdamW, where that is installed.
+and an epoch stand against `transformers`, with SDPA attention and the same AdamW. Needs requirements-dev.txt.
 Shapes: B sequences, T tokens, N blocks.
 """
 
 import argparse
-import importlib.util
-import json
-import math
 import statistics
 import subprocess
 import sys
@@ -22,20 +18,18 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import baselines  # first, for it puts the top level on the path
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import bert
 import data
 import train
 
-matplotlib.use("Agg")  # files, no windows
 BERT_BASE = bert.BertConfig(30522, 768, 12, 12, 3072)
 STEP = (16, 128)  # sequences, tokens of the training step that is timed
 STOCK_WIDTH = 128  # tokens that the stock recipes, and the scripts of DeeBERT, PABEE and FastBERT, pad every row to
@@ -44,64 +38,53 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)  # batches of the latency plot
 
 def main(argv):
     args = parse_arguments(argv)
-    device, precision, reason = train.pick_hardware()
-    runs = [baselines.open_run(folder, args.data) for folder in args.runs]  # which may set the number of threads
-    peaks = {dtype: peak(device, dtype) for dtype in dict.fromkeys(("float32", precision))}
-    print(
-        f"device     {device}, {precision} ({reason}), {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-    )
-    for dtype, flops in peaks.items():
-        print(f"peak       {flops / 1e9:.1f} GFLOP/s, measured on a product of two {dtype} matrices")
-    if precision != "bfloat16":
-        print(f"bfloat16   not run: {reason}; training is timed in {precision}")
-    config, tokenizer = runs[0].stage1.bert.config, runs[0].tokenizer
-    if args.model:
-        model, tokenizer = bert.load_pretrained(args.model, 2)
-        config = model.bert.config
-    dataset = training_set(runs[0], args, tokenizer, config)  # what is wrong with it is said before anything is timed
+    runs = [baselines.open_run(folder, args.data) for folder in args.runs]
+    config = bert.load_pretrained(args.model, 2)[0].bert.config if args.model else BERT_BASE
+    args.device, args.precision = train.pick_hardware(args.model)
+    print(f"device     {args.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    for precision in dict.fromkeys(("float32", args.precision)):
+        rate = peak(args.device, precision)
+        print(f"peak       {rate / 1e9:.1f} GFLOP/s, measured on a product of two {precision} matrices")
     print(f"\n{'':<66}{'ratio':>8}{'goal':>10}")
     for run in runs:
-        part = run.dev.part(np.random.default_rng(0).permutation(len(run.dev))[: args.examples])
-        batch = min(args.batch, len(part))
-        seconds = sweep(run, part, sorted({batch, *(size for size in SIZES if size <= len(part))}), args.repetitions)
-        show(exit_rows(run, part, seconds, batch))
-        draw(run, part, seconds)
-    show(step_rows(config if args.model else BERT_BASE, device, precision, args.repetitions))
-    show(epoch_rows(config, dataset, args.batch, device, precision, args.repetitions))
-    show(loading_rows(args.model, args.repetitions))
-    for run in runs:
-        print(f"saved      {run.folder / 'speed.png'}")
+        exit_rows(run, args)
+    of_run = runs[0].saved.config, runs[0].train_set
+    for rows, given in ((step_rows, (config,)), (epoch_rows, of_run), (loading_rows, ())):
+        try:
+            rows(*given, args)
+        except (ImportError, FileNotFoundError) as error:  # `transformers`; Linux's /proc
+            print(f"not run: {error}")
 
 
-def parse_arguments(argv):
+def parse_arguments(argv=None):
     parser = baselines.arguments(
         __doc__,
-        ("--model", {"help": "shape of training and what is loaded (default: BERT-base's), of the epoch (the run's)"}),
-        ("--task", {"help": "task whose lengths the epoch has (default: the first run's)"}),
-        ("--batch", {"type": train.number(int, 2, 65536), "default": 32, "help": "sequences in a batch (default: 32)"}),
-        ("--examples", {"type": train.number(int, 1, 10**6), "default": 128, "help": "of the dev set (default: 128)"}),
-        ("--repetitions", {"type": train.number(int, 1, 1000), "default": 3, "help": "of each row (default: 3)"}),
-    )  # fmt: skip
+        ("--model", {"help": "shape of the training step, and what is loaded (default: random weights, BERT-base's)"}),
+        ("--batch", {"type": baselines.number(int, 2, 65536), "default": 32, "help": "sequences (default: 32)"}),
+        ("--examples", {"type": baselines.number(int, 1, 10**6), "default": 128, "help": "of dev (default: 128)"}),
+        ("--repetitions", {"type": baselines.number(int, 1, 1000), "default": 3, "help": "of a row (default: 3)"}),
+    )
     return parser.parse_args(argv)
 
 
 # ---- Clock and table ------------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """A line of the table."""
+def row(what, ratios, sign, goal, detail=""):
+    """Print a line of the table: the median of the repetitions' ratios, its goal ("<=" or ">="), least and greatest.
 
-    what: str
-    ratio: float  # nan: not run
-    goal: tuple  # ("<=" or ">=", number)
-    detail: str  # the two sides, or why it was not run
+    What slows one repetition down slows both of its sides, so this is steadier than the ratio of two medians.
+    """
+    ratio = statistics.median(ratios)
+    missed = ratio > goal if sign == "<=" else ratio < goal
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}; "
+    print(f"{what:<66}{ratio:>8.2f}{sign:>5}{goal:>5.2f} {'! ' if missed else '  '} {spread}{detail}", flush=True)
 
 
-def show(rows):
-    for what, ratio, (sign, goal), detail in rows:
-        number = "-" if math.isnan(ratio) else f"{ratio:.2f}"
-        met = math.isnan(ratio) or (ratio <= goal if sign == "<=" else ratio >= goal)
-        print(f"{what:<66}{number:>8}{sign:>5}{goal:>5.2f} {'  ' if met else '! '} {detail}", flush=True)
+def divided(first, second):
+    """The ratios of two lists of seconds, and their medians in words."""
+    medians = " against ".join(f"{statistics.median(seconds):.3g}" for seconds in (first, second))
+    return [x / y for x, y in zip(first, second)], f"{medians} s"
 
 
 def timed(variants, repetitions):
@@ -117,94 +100,72 @@ def timed(variants, repetitions):
     return {name: taken[1:] for name, taken in seconds.items()}
 
 
-def compared(what, first, second, goal, detail):
-    """The `Row` of first / second: the median of the repetitions' ratios, and after the detail the least and greatest.
-
-    What slows one repetition down slows both of its sides, so this is steadier than the ratio of two medians.
-    """
-    ratios = [x / y for x, y in zip(first, second)]
-    return Row(what, statistics.median(ratios), goal, f"{detail}; {min(ratios):.2f} to {max(ratios):.2f}")
-
-
-def medians(*times):
-    """The medians of lists of seconds, in words."""
-    return " against ".join(f"{statistics.median(seconds):.3g}" for seconds in times) + " s"
-
-
-def peak(device, dtype):
+def peak(device, precision):
     """The best rate of a product of square matrices that the device shows, in floating-point operations a second."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, precision)) for _ in range(2))
     return 2 * size**3 / min(timed({"product": lambda: a @ b}, 5)["product"])
 
 
 # ---- Early exit -----------------------------------------------------------------------------------------------------
 
 
-def sweep(run, part, sizes, repetitions):
-    """{(batch size, variant): [seconds of each repetition]} over a `Dataset`, a part of the run's dev set.
+def exit_rows(run, args):
+    """Early exit against full depth, and against itself with one example at a time, which is how others evaluate."""
+    rows = np.random.default_rng(0).permutation(len(run.dev))[: args.examples]
+    part = run.saved.dataset(baselines.part_of(run.splits[1], rows))
+    batch, name, width = min(args.batch, len(part)), run.folder.name, min(STOCK_WIDTH, run.saved.config.max_tokens)
+    sizes = sorted({batch, *(size for size in SIZES if size <= len(part))})
+    seconds, exit_block = sweep(run, part, sizes, width, args.repetitions)
+    used = exit_block.double().mean().item() / run.N
+    full, early = seconds[batch, "full"], seconds[batch, "early"]
+    full_alone, alone, padded = (seconds[1, variant] for variant in ("full", "early", "padded"))
+    ratios, shown = divided(early, [used * x for x in full])
+    shown += f", {100 * (1 - used):.1f} % of blocks saved, {run.args.precision}"
+    row(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", ratios, "<=", 1.05, shown)
+    ratios, shown = divided(alone, full_alone)
+    row(f"{name}: early exit at batch 1 / full depth", ratios, "<=", used + 0.1, shown)
+    ratios, shown = divided(alone, early)
+    row(f"{name}: speed-up of batch {batch} over one at a time, same exit", ratios, ">=", 3.0, shown)
+    ratios, shown = divided(padded, early)
+    row(f"   over one at a time padded to {width} tokens, as others evaluate", ratios, ">=", 3.0, shown)
+    draw(run, len(part), seconds)
 
-    Variants: "full" and "early", and "padded" at batch 1: early exit of single rows as wide as others pad them.
+
+def sweep(run, part, sizes, width, repetitions):
+    """({(batch size, variant): [seconds of each repetition]} over a part of the dev set, its exits (n,)).
+
+    Variants: "full" and "early", and "padded" at batch 1: early exit of single rows, padded to `width` tokens.
     """
-    N = len(run.dact.backbone.blocks)
-    variants = {"full": lambda *inputs: train.all_blocks(run.stage1(*inputs), N), "early": run.early_exit}
-    padded = {"padded": lambda *inputs: run.early_exit(*widened(inputs, run.dev.pad_id, stock_width(run)))}
+    variants = {"full": lambda *inputs: [run.stage1(*inputs).argmax(1)], "early": run.early_exit}
+    padded = {"padded": lambda *inputs: run.early_exit(*widened(inputs, part.pad_id, width))}
     found = defaultdict(list)
     for _ in range(repetitions):
         for size in sizes:
             args = argparse.Namespace(**vars(run.args) | {"batch": size})
-            for name, taken in train.seconds_of(variants | (padded if size == 1 else {}), part, args).items():
+            given, seconds = train.predict(variants | (padded if size == 1 else {}), part, args)
+            for name, taken in seconds.items():
                 found[size, name].append(taken)
-    return found
+    return found, given["early"][2]
 
 
-def exit_rows(run, part, seconds, batch):
-    """Early exit against full depth, and against itself with one example at a time, which is how others evaluate."""
-    exit_block = train.predict(run.early_exit, part, run.args).exit_block
-    used = exit_block.double().mean().item() / len(run.dact.backbone.blocks)
-    name, full, early = run.folder.name, seconds[batch, "full"], seconds[batch, "early"]
-    ideal = [used * x for x in full]
-    alone, full_alone, padded = (seconds[1, variant] for variant in ("early", "full", "padded"))
-
-    def rates(*times):
-        return " against ".join(f"{len(part) / statistics.median(x):.4g}" for x in times) + " examples/s"
-
-    return [
-        compared(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", early, ideal, ("<=", 1.05),
-                 f"{medians(early, ideal)}, {100 * (1 - used):.1f} % of blocks saved, {run.args.precision}"),
-        compared(f"{name}: early exit at batch 1 / full depth", alone, full_alone, ("<=", used + 0.1),
-                 medians(alone, full_alone)),
-        compared(f"{name}: examples/s at batch {batch} / one at a time, same exit", alone, early, (">=", 3.0),
-                 rates(early, alone)),
-        compared(f"   / one at a time padded to {stock_width(run)} tokens, as others evaluate", padded, early,
-                 (">=", 3.0), rates(early, padded)),
-    ]  # fmt: skip
-
-
-def stock_width(run):
-    """STOCK_WIDTH, or as many tokens as the run's model has positions for."""
-    return min(STOCK_WIDTH, run.stage1.bert.config.max_tokens)
-
-
-def draw(run, part, seconds):
+def draw(run, examples, seconds):
     """Latency of a batch against its size: speed.png in the run's folder."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    sizes = sorted({size for size, _ in seconds})
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes, sizes = figure.subplots(), sorted({size for size, _ in seconds})
     for variant, label in (("full", "full depth"), ("early", "early exit")):
-        latency = [1000 * statistics.median(seconds[size, variant]) * size / len(part) for size in sizes]
+        latency = [1000 * statistics.median(seconds[size, variant]) * size / examples for size in sizes]
         axes.plot(sizes, latency, "o-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, sizes)
-    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.set(
-        xlabel="sequences in a batch", ylabel="milliseconds a batch", title=f"{run.folder.name} ({run.args.device})"
-    )
+    axes.set(xlabel="sequences in a batch", ylabel="milliseconds a batch")
+    axes.set_title(f"{run.folder.name} ({run.args.device})")
     axes.legend()
     baselines.save_figure(figure, run.folder / "speed.png")
-    plt.close(figure)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -250,9 +211,8 @@ def their_step(config, device, num_classes=2):
 
     sizes = asdict(config)
     del sizes["first_position"]
-    model = transformers.AutoModelForSequenceClassification.from_config(
-        transformers.BertConfig(**sizes, num_labels=num_classes), attn_implementation="sdpa"
-    )
+    theirs = transformers.BertConfig(**sizes, num_labels=num_classes)
+    model = transformers.AutoModelForSequenceClassification.from_config(theirs, attn_implementation="sdpa")
 
     def loss_of(model, inputs, labels):
         names = dict(zip(("input_ids", "token_type_ids", "attention_mask"), inputs))
@@ -261,78 +221,49 @@ def their_step(config, device, num_classes=2):
     return stepper(model, loss_of, device)
 
 
-def have_transformers():
-    return importlib.util.find_spec("transformers") is not None
-
-
-def step_rows(config, device, precision, repetitions):
+def step_rows(config, args):
     """A training step of full rows: time against `transformers`, and model flops against the peak (utilisation)."""
     config = replace(config, max_position_embeddings=512, first_position=0)
     B, T = STEP
     inputs = torch.randint(1, config.vocab_size, (B, T)), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T) > 0
-    *inputs, labels = train.to_device((*inputs, torch.arange(B) % 2), device)
-    makers = {"ours": our_step} | ({"theirs": their_step} if have_transformers() else {})
-    variants = {name: partial(make(config, device), inputs, labels, precision) for name, make in makers.items()}
+    *inputs, labels = (x.to(args.device) for x in (*inputs, torch.arange(B) % 2))
+    steps = {"ours": our_step(config, args.device), "theirs": their_step(config, args.device)}
+    variants = {name: partial(step, inputs, labels, args.precision) for name, step in steps.items()}
     peaks = []  # taken between the steps, for on a busy machine the peak changes too
-    variants["peak"] = lambda: peaks.append(peak(device, precision))
-    seconds = timed(variants, repetitions)
-    shape = f"{config.num_hidden_layers} x {config.hidden_size}, {B} x {T} tokens, {precision}"
-    what, goal = f"training step ({shape}) / transformers", ("<=", 0.9)
-    if "theirs" not in seconds:
-        rows = [Row(what, math.nan, goal, "not run: transformers is not installed")]
-    else:
-        sides = seconds["ours"], seconds["theirs"]
-        rows = [compared(what, *sides, goal, medians(*sides))]
-    rate = training_flops(config, B, T) / statistics.median(seconds["ours"])
-    wanted = 0.4 if device.type == "cuda" else 0.65
-    detail = f"{rate / 1e9:.1f} of {max(peaks) / 1e9:.1f} GFLOP/s, the best between the steps"
-    return [*rows, Row("   its model flops / the measured peak", rate / max(peaks), (">=", wanted), detail)]
+    variants["peak"] = lambda: peaks.append(peak(args.device, args.precision))
+    seconds = timed(variants, args.repetitions)
+    shape = f"{config.num_hidden_layers} x {config.hidden_size}, {B} x {T} tokens, {args.precision}"
+    ratios, shown = divided(seconds["ours"], seconds["theirs"])
+    row(f"training step ({shape}) / transformers", ratios, "<=", 0.9, shown)
+    rates = [training_flops(config, B, T) / taken for taken in seconds["ours"]]
+    shown = f"{statistics.median(rates) / 1e9:.1f} of {max(peaks) / 1e9:.1f} GFLOP/s, the best between the steps"
+    wanted = 0.4 if args.device.type == "cuda" else 0.65
+    row("   its model flops / the measured peak", [rate / max(peaks) for rate in rates], ">=", wanted, shown)
 
 
-def training_set(run, args, tokenizer, config):
-    """The training set of --task, or the run's own."""
-    if args.task in (None, run.args.task) and not args.model:
-        return run.train_set
-    task = args.task or run.args.task
-    if task != "toy" and tokenizer.get_vocab_size() == len(train.TOY_VOCAB):
-        raise data.InputError(f"the toy tokenizer cannot read {task}; add --model or a run on a task of GLUE")
-    examples = data.load_task(task, run.args.data)[0]
-    return data.Dataset(examples, tokenizer, min(run.args.max_tokens, 128), config.pad_token_id)
-
-
-def epoch_rows(config, dataset, batch, device, precision, repetitions):
+def epoch_rows(config, dataset, args):
     """An epoch over real lengths, estimated from some of its batches, against the stock recipes of `transformers`."""
-    padded, dynamic = (
-        f"epoch of real lengths: speed-up over padding to {STOCK_WIDTH}, float32",
-        f"   over dynamic padding, {precision}",
-    )
-    if not have_transformers():
-        reason = "not run: transformers is not installed"
-        return [Row(padded, math.nan, (">=", 5.0), reason), Row(dynamic, math.nan, (">=", 1.2), reason)]
-    config = replace(config, max_position_embeddings=512, first_position=0)
+    config, lengths = replace(config, max_position_embeddings=512, first_position=0), dataset.lengths
     num_classes = int(dataset.labels.max()) + 1
-    ours, theirs = (maker(config, device, num_classes) for maker in (our_step, their_step))
-    lengths = dataset.lengths
-    grouped = spread(data.training_batches(lengths, batch, 0), lengths)
+    ours, theirs = (maker(config, args.device, num_classes) for maker in (our_step, their_step))
+    grouped = spread(data.training_batches(lengths, args.batch, 0), lengths)
     order = np.random.default_rng(0).permutation(len(lengths))
-    shuffled = spread([order[i : i + batch] for i in range(0, len(order), batch)], lengths)
-    variants = {
-        "ours": partial(run_batches, ours, dataset, grouped, device, precision),
-        "dynamic": partial(run_batches, theirs, dataset, shuffled, device, precision),
-        "padded": partial(run_batches, theirs, dataset, shuffled[:1], device, "float32", STOCK_WIDTH),
+    shuffled = spread([order[i : i + args.batch] for i in range(0, len(order), args.batch)], lengths)
+    recipes = {
+        "ours": (ours, grouped, args.precision, 0),
+        "dynamic": (theirs, shuffled, args.precision, 0),
+        "padded": (theirs, shuffled[:1], "float32", STOCK_WIDTH),
     }
-    examples = {"ours": grouped, "dynamic": shuffled, "padded": shuffled[:1]}
-    examples = {name: sum(map(len, batches)) for name, batches in examples.items()}
-    epoch = {
-        name: [seconds / examples[name] * len(dataset) for seconds in taken]
-        for name, taken in timed(variants, repetitions).items()
-    }
-    shape = f"{config.num_hidden_layers} x {config.hidden_size}, mean length {lengths.mean():.1f}"
-    return [
-        compared(padded, epoch["padded"], epoch["ours"], (">=", 5.0),
-                 f"{medians(epoch['padded'], epoch['ours'])}, {shape}"),
-        compared(dynamic, epoch["dynamic"], epoch["ours"], (">=", 1.2), medians(epoch["dynamic"], epoch["ours"])),
-    ]  # fmt: skip
+    variants = {name: partial(run_batches, dataset, args.device, *recipe) for name, recipe in recipes.items()}
+    epoch = {}
+    for name, seconds in timed(variants, args.repetitions).items():
+        share = sum(map(len, recipes[name][1])) / len(dataset)
+        epoch[name] = [taken / share for taken in seconds]
+    shape = f", {config.num_hidden_layers} x {config.hidden_size}, mean length {lengths.mean():.1f}"
+    ratios, shown = divided(epoch["padded"], epoch["ours"])
+    row(f"epoch of real lengths: speed-up over padding to {STOCK_WIDTH}, float32", ratios, ">=", 5.0, shown + shape)
+    ratios, shown = divided(epoch["dynamic"], epoch["ours"])
+    row(f"   over dynamic padding, {args.precision}", ratios, ">=", 1.2, shown)
 
 
 def spread(batches, lengths, count=5):
@@ -342,12 +273,11 @@ def spread(batches, lengths, count=5):
     return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
 
-def run_batches(step, dataset, batches, device, precision, width=0):
-    """Take a step for each batch; width: pad all rows to as many tokens, by default to the longest of the batch."""
+def run_batches(dataset, device, step, batches, precision, width):
+    """Take a step for each batch; width: pad all rows to as many tokens, or 0: to the longest of the batch."""
     for indices in batches:
-        inputs, labels = dataset.batch(indices)
-        *inputs, labels = train.to_device((*widened(inputs, dataset.pad_id, width), labels), device)
-        step(inputs, labels, precision)
+        inputs, labels = dataset.batch(indices, device)
+        step(widened(inputs, dataset.pad_id, width), labels, precision)
 
 
 def widened(inputs, pad_id, width):
@@ -362,60 +292,46 @@ LOADER = """
 import sys, time
 import bert
 
-def peak():  # bytes; not getrusage's, which begins with the peak of the parent process
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def memory():  # bytes, without the pages of the file itself, which the system takes back when it wants them
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-before, clock, processor = peak(), time.perf_counter(), time.process_time()
+before, clock = memory(), time.perf_counter()
 model = bert.load_pretrained(sys.argv[1], 2)[0]
-print(time.perf_counter() - clock, time.process_time() - processor)
-print((peak() - before) / sum(4 * weight.numel() for weight in model.parameters()))
+print(time.perf_counter() - clock, (memory() - before) / sum(4 * weight.numel() for weight in model.parameters()))
 """
 
 
-def loading_rows(name, repetitions):
-    """Seconds and peak memory of loading a model, by default a checkpoint in Google's format of BERT-base's size."""
-    what, memory = "loading from the disk cache, in seconds", "   its peak memory / the weights"
-    if not Path("/proc/self/status").exists():
-        return [Row(what, math.nan, ("<=", 1.0), "not run: the peak is read from Linux's /proc")]
+def loading_rows(args):
+    """Seconds and memory of loading a model, by default a checkpoint in Google's format of BERT-base's size."""
+    Path("/proc/self/status").read_bytes()  # Linux alone has it
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            if not name:
-                write_base(Path(folder))
-        except ImportError as error:
-            return [Row(what, math.nan, ("<=", 1.0), f"not run: no {error.name}, with which the checkpoint is written")]
-        found = [load_apart(name or folder) for _ in range(repetitions + 1)][1:]  # the first fills the disk cache
-    clock, processor, peaks = zip(*found)
-    size = name or "random weights of BERT-base's shape in Google's format"
-    detail = f"{statistics.median(processor):.2f} s of the processor; {size}"
-    return [Row(what, statistics.median(clock), ("<=", 1.0), detail), Row(memory, max(peaks), ("<=", 1.3), "")]
+        where = bert.find_model(args.model).resolve() if args.model else write_base(Path(folder))
+        found = [load_apart(where) for _ in range(args.repetitions + 1)][1:]  # the first fills the disk cache
+    seconds, memory = zip(*found)
+    size = args.model or "random weights of BERT-base's shape in Google's format"
+    row("loading from the disk cache, in seconds", seconds, "<=", 1.0, size)
+    row("   its memory / the weights", memory, "<=", 1.1)
 
 
-def load_apart(name):
-    """(seconds, seconds of the processor, peak memory / weights) of loading a model in a process of its own."""
-    where = bert.find_model(str(name)).resolve()  # and so downloaded before
-    command, folder = [sys.executable, "-c", LOADER, str(where)], Path(bert.__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def load_apart(folder):
+    """(seconds, memory / weights) of loading a model in a process of its own."""
+    command = [sys.executable, "-c", LOADER, str(folder)]
+    done = subprocess.run(command, cwd=baselines.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise data.InputError(f"cannot load {name}: {done.stderr.strip().splitlines()[-1]}")
-    return tuple(float(word) for word in done.stdout.split()[-3:])
+        raise data.InputError(f"cannot load {folder}: {done.stderr.strip().splitlines()[-1]}")
+    return tuple(float(word) for word in done.stdout.split()[-2:])
 
 
 def write_base(folder):
     """Write a checkpoint of random weights in BERT-base's shape, as Google's zips hold it, into a folder."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    from fakes import VOCAB, google_arrays, index_bytes
+    sys.path.append(str(baselines.ROOT / "tests"))
+    from fakes import VOCAB, google_arrays, write_google
 
     config = {name: value for name, value in asdict(BERT_BASE).items() if name != "first_position"}
-    entries, end = {}, 0
-    with open(folder / "bert_model.ckpt.data-00000-of-00001", "wb") as file:
-        for name, array in sorted(google_arrays(config).items()):
-            if not name.endswith("adam_m"):
-                entries[name] = (array.shape, end, array.nbytes)
-                end += file.write(array.tobytes())
-    (folder / "bert_model.ckpt.index").write_bytes(index_bytes(entries))
-    (folder / "bert_config.json").write_text(json.dumps(config))
-    (folder / "vocab.txt").write_text("\n".join(VOCAB + [f"word{i}" for i in range(len(VOCAB), BERT_BASE.vocab_size)]))
+    arrays = {name: array for name, array in google_arrays(config).items() if not name.endswith("adam_m")}
+    vocab = VOCAB + [f"word{i}" for i in range(len(VOCAB), BERT_BASE.vocab_size)]
+    return write_google(folder, arrays, config, vocab)
 
 
 if __name__ == "__main__":
-    sys.exit(baselines.command(main))
+    raise SystemExit(train.command(main))

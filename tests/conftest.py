@@ -13,5 +13,5 @@ def few_sentences():
 
 @pytest.fixture(scope="module")
 def toy_run(few_sentences, tmp_path_factory):
-    """The folder of a short run, 341 training and 50 dev examples."""
+    """The folder of a short run, 682 training and 50 dev examples."""
     return short_toy_run(tmp_path_factory.mktemp("toy"), batch=16)

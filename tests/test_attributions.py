@@ -1,15 +1,16 @@
 """paper/attributions.py against hand calculation and captum; figure3.py and figure4.py on a short run."""
 
-import copy
 import re
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from captum.attr import LayerConductance, LayerIntegratedGradients
 from fakes import google_arrays, write_google
+from matplotlib.figure import Figure
 
 import bert
 import dact
@@ -27,6 +28,11 @@ from attributions import integrated_gradients, layer_conductance
 pytestmark = pytest.mark.usefixtures("few_sentences")
 
 
+@pytest.fixture
+def run(toy_run):
+    return baselines.open_run(toy_run)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random DactBert of two blocks and three classes, in float64, its halting neurons random too."""
@@ -35,7 +41,8 @@ def model(tmp_path_factory):
     stage1, _ = bert.load_pretrained(str(folder), 3)
     model = dact.DactBert(stage1.bert, 3).double().eval()
     for head in model.heads:
-        for layer in (head.answer[-1], head.halt[-1]):
+        head.scale.mean.normal_(), head.scale.var.uniform_(0.5, 2)
+        for layer in (head.answer, head.halt):
             torch.nn.init.normal_(layer.weight)
             torch.nn.init.normal_(layer.bias)
     return model
@@ -56,24 +63,13 @@ def ends(model):
 
 
 def test_a_linear_function_gives_every_token_its_weight_times_its_way():
-    x, baseline, w = (
-        torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-        torch.tensor([[1.0, 0.0], [1.0, 5.0]]),
-        torch.tensor([10.0, 1]),
-    )
+    x, baseline = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [1.0, 5.0]])
+    w = torch.tensor([10.0, 1])
     found = integrated_gradients(lambda hidden, mask: (hidden * w).sum((1, 2)) + 7, x, baseline, steps=2)
     # token 1: 10 (1 - 1) + 1 (2 - 0) = 2; token 2: 10 (3 - 1) + 1 (4 - 5) = 19
     assert found.parts.tolist() == pytest.approx([2, 19])
     assert (found.of_input, found.of_baseline) == (10 + 2 + 30 + 4 + 7, 10 + 0 + 10 + 5 + 7)
     assert found.error < 1e-6 and found.steps == 2
-
-
-def test_two_tokens_share_their_product_by_how_far_each_went():
-    # F = x_1 x_2 from (1, 0) to (3, 4): on the line x_1 = 1 + 2α, x_2 = 4α
-    # IG_1 = 2 ∫ 4α dα = 4;  IG_2 = 4 ∫ (1 + 2α) dα = 8;  together 3·4 - 1·0 = 12
-    x, baseline = torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0], [0.0]])
-    found = integrated_gradients(lambda hidden, mask: hidden[:, 0, 0] * hidden[:, 1, 0], x, baseline, steps=2)
-    assert found.parts.tolist() == pytest.approx([4, 8])
 
 
 def test_the_completeness_error_says_what_is_missed():
@@ -96,14 +92,6 @@ def test_conductance_of_a_chain_by_hand():
 
     found = layer_conductance(score, torch.ones(1, 1), torch.zeros(1, 1), steps=3)
     assert found.parts[0].tolist() == pytest.approx([2, 3]) and found.error < 1e-6
-
-
-def test_how_many_points_run_at_a_time_changes_nothing(model):
-    score, layers = attributions.dact_answer(model, 2, 1), attributions.weight_left(model, 2)
-    whole, pieces = (integrated_gradients(score, *ends(model), steps=10, rows=rows).parts for rows in (64, 3))
-    torch.testing.assert_close(whole, pieces)
-    whole, pieces = (layer_conductance(layers, *ends(model), steps=10, rows=rows).parts for rows in (64, 3))
-    torch.testing.assert_close(whole, pieces)
 
 
 def step(hidden, mask):
@@ -131,17 +119,13 @@ def test_what_pieces_miss_does_not_cancel_out():
 
 
 def test_pieces_of_a_line_give_what_the_whole_gives(model):
-    """Of many fine steps, whether in one or in two pieces; both methods."""
-    for method, score in (
-        (integrated_gradients, attributions.dact_answer(model, 2, 1)),
-        (layer_conductance, attributions.weight_left(model, 2)),
-    ):
-        x, baseline = ends(model)
-        middle = (x + baseline) / 2
-        whole = method(score, x, baseline, steps=400)
-        halves = attributions.joined([method(score, middle, baseline, 200), method(score, x, middle, 200)])
-        torch.testing.assert_close(halves.parts, whole.parts, rtol=1e-4, atol=1e-6)
-        assert (halves.of_input, halves.of_baseline) == (whole.of_input, whole.of_baseline)
+    """Of many fine steps, whether in one or in two pieces."""
+    (x, baseline), score = ends(model), attributions.weight_left(model, 2)
+    middle = (x + baseline) / 2
+    whole = layer_conductance(score, x, baseline, steps=400)
+    halves = attributions.joined([layer_conductance(score, *piece, 200) for piece in ((middle, baseline), (x, middle))])
+    torch.testing.assert_close(halves.parts, whole.parts, rtol=1e-4, atol=1e-6)
+    assert (halves.of_input, halves.of_baseline) == (whole.of_input, whole.of_baseline)
 
 
 def test_log_odds_by_hand_and_where_the_rest_is_too_small_for_one_minus():
@@ -156,11 +140,9 @@ def test_log_odds_by_hand_and_where_the_rest_is_too_small_for_one_minus():
 
 def captum_tokens(model, forward, steps=20):
     """captum's Integrated Gradients over what the embedding step returns, summed over D: (T,)."""
-    method = LayerIntegratedGradients(forward, model.backbone.embed)
-    extra = (SEGMENTS, MASK)
-    return method.attribute(IDS, EMPTIED, additional_forward_args=extra, n_steps=steps, method="gausslegendre").sum(-1)[
-        0
-    ]
+    method, extra = LayerIntegratedGradients(forward, model.backbone.embed), (SEGMENTS, MASK)
+    settings = {"additional_forward_args": extra, "n_steps": steps, "method": "gausslegendre"}
+    return method.attribute(IDS, EMPTIED, **settings).sum(-1)[0]
 
 
 def assert_close(ours, theirs):
@@ -169,31 +151,29 @@ def assert_close(ours, theirs):
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-def test_the_answer_agrees_with_captum(model):
-    def forward(*inputs):
-        a = dact.accumulate_all(*model(*inputs))[0][-1][:, 1]
-        return torch.log(a / (1 - a))
-
-    ours = integrated_gradients(attributions.dact_answer(model, 2, 1), *ends(model), steps=20)
-    assert_close(ours.parts, captum_tokens(model, forward))
+def ramps_of(model):
+    """An `Exits` on the model's backbone, in float64 as all is here."""
+    heads = baselines.Ramps(2, bert.Classifier(model.backbone.config, 3)).double().eval()
+    return SimpleNamespace(backbone=model.backbone, heads=heads)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_halting_values_agree_with_captum(model, n):
-    ours = integrated_gradients(attributions.halting_value(model, n), *ends(model), steps=20)
-    assert_close(ours.parts, captum_tokens(model, lambda *inputs: model(*inputs)[1][n - 1].logit()))
-
-
-def test_a_ramp_agrees_with_captum(model):
-    # An `Exits` answers in float32, as its ramps are: so here must all be.
-    exits = baselines.Exits(copy.deepcopy(model.backbone), bert.Classifier(model.backbone.config, 3)).float().eval()
+@pytest.mark.parametrize("what", ["answer", "halting 1", "halting 2", "ramp"])
+def test_attributions_agree_with_captum(model, what):
+    torch.manual_seed(0)
+    exits = ramps_of(model)
 
     def forward(*inputs):
-        y = exits(*inputs)[0].softmax(-1)[:, 2]
-        return torch.log(y / (1 - y))
+        y, h = model(*inputs)
+        if what.startswith("halting"):
+            return h[int(what[-1]) - 1].logit()
+        cls = torch.stack([*dact.cls_after_blocks(model.backbone, inputs)])
+        p = dact.accumulate_all(y, h)[0][-1][:, 1] if what == "answer" else exits.heads(cls)[0][0].softmax(-1)[:, 1]
+        return torch.log(p / (1 - p))
 
-    ours = integrated_gradients(attributions.ramp_answer(exits, 1, 2), *ends(exits), steps=20)
-    assert_close(ours.parts, captum_tokens(exits, forward))
+    score = {"answer": attributions.dact_answer(model, 2, 1), "halting 1": attributions.halting_value(model, 1),
+             "halting 2": attributions.halting_value(model, 2), "ramp": attributions.ramp_answer(exits, 1, 1)}  # fmt: skip
+    found = integrated_gradients(score[what], *ends(model), steps=20)
+    assert_close(found.parts, captum_tokens(model, forward))
 
 
 def captum_conductance(score, layer, x, baseline, **kind):
@@ -211,26 +191,12 @@ def captum_conductance(score, layer, x, baseline, **kind):
     return (one_way(baseline, x) - one_way(x, baseline))[0] / 2
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_conductance_of_a_blocks_output_agrees_with_captum(model, n):
-    def ours(hidden, mask, layer=None):
-        for i, block in enumerate(model.backbone.blocks, start=1):
-            hidden = block(hidden, mask)
-            layer = hidden if i == n else layer
-        return model.heads[1].logits(hidden[:, 0])[1], [layer]
-
-    found = layer_conductance(ours, *ends(model), steps=20)
-    score = attributions.halting_value(model, 2)
-    theirs = captum_conductance(score, model.backbone.blocks[n - 1], *ends(model))
-    assert_close(found.parts[0], theirs)
-
-
 def test_conductance_of_the_weight_left_agrees_with_captum_and_is_complete(model):
     def score(hidden, mask):
         total = 0
         for block, head in zip(model.backbone.blocks, model.heads):
             hidden = block(hidden, mask)
-            total = total + torch.nn.functional.logsigmoid(head.logits(hidden[:, 0])[1])
+            total = total + head(hidden[:, 0])[1].log()
         return total  # log p_2 = log h_1 + log h_2
 
     found = layer_conductance(attributions.weight_left(model, 2), *ends(model), steps=20)
@@ -243,19 +209,10 @@ def test_conductance_of_the_weight_left_agrees_with_captum_and_is_complete(model
     assert found.error == pytest.approx(abs(sum(sums) - (x - baseline)) / abs(x - baseline), rel=1e-6)
 
 
-def test_attributions_are_complete(model):
-    for score in (attributions.dact_answer(model, 2, 0), attributions.halting_value(model, 2)):
-        found = integrated_gradients(score, *ends(model), steps=1000)  # the heads have kinks
-        x, baseline = (score(end[None], MASK).item() for end in ends(model))
-        assert abs(x - baseline) > 0.01
-        assert found.parts.sum().item() == pytest.approx(x - baseline, rel=1e-3) and found.error < 1e-3
-
-
 # ---- The baseline ---------------------------------------------------------------------------------------------------
 
 
-def test_the_line_moves_words_alone_and_starts_at_their_baseline(toy_run):
-    run = baselines.open_run(toy_run)
+def test_the_line_moves_words_alone_and_starts_at_their_baseline(run):
     x, baseline = attributions.line(run, run.dact.backbone, 1)
     words = attributions.words_of(run, 1)
     moved = (x != baseline).any(1).tolist()
@@ -265,11 +222,11 @@ def test_the_line_moves_words_alone_and_starts_at_their_baseline(toy_run):
     torch.testing.assert_close(baseline[place], embed.norm(summed).detach())
 
 
-def test_the_baseline_is_the_mask_where_there_is_one(toy_run):
-    run = baselines.open_run(toy_run)
+def test_the_baseline_is_the_mask_where_there_is_one(run):
     assert attributions.baseline_token(run) == (0, "[PAD]")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
-    assert attributions.baseline_token(run._replace(tokenizer=bert.wordpiece_tokenizer(vocab))) == (4, "[MASK]")
+    saved = run.saved._replace(tokenizer=bert.wordpiece_tokenizer(vocab))
+    assert attributions.baseline_token(run._replace(saved=saved)) == (4, "[MASK]")
 
 
 # ---- The figures ----------------------------------------------------------------------------------------------------
@@ -277,44 +234,49 @@ def test_the_baseline_is_the_mask_where_there_is_one(toy_run):
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_figure3_leaves_a_page_and_a_picture(toy_run, capsys):
+def test_figure3_leaves_a_picture(toy_run, capsys):
     figure3.main([str(toy_run)])
     output = capsys.readouterr().out
-    text = (toy_run / "figure3.html").read_text()
-    assert (toy_run / "figure3.png").read_bytes().startswith(PNG)
-    assert str(toy_run / "figure3.html") in output and str(toy_run / "figure3.png") in output
-    assert not re.search(r"<script|src=|href=|url\(|@import|http", text)  # nothing from outside
-    chosen = [int(i) for i in re.findall(r"Dev example (\d+)", text)]
+    assert (toy_run / "figure3.png").read_bytes().startswith(PNG) and str(toy_run / "figure3.png") in output
+    found = re.findall(r"example (\d+): (\S+) .*'(\w+)' with .*; completeness error ([\d.]+) %", output)
     run = baselines.open_run(toy_run)
-    predictions = train.predict(run.dact.early_exit, run.dev, run.args)
-    right = (predictions.label == run.dev.labels).nonzero().flatten().tolist()
-    assert len(chosen) == 2 and set(chosen) <= set(right) and chosen == sorted(chosen)
-    for i in chosen:
-        shown = " ".join(attributions.words_of(run, i))
-        assert re.sub("<[^>]+>", "", text).count(shown + "\n") == 2  # once for each system
-    errors = [float(e) for e in re.findall(r"completeness error ([\d.]+) %", text)]
-    assert len(errors) == 4 and max(errors) <= 1.0
-    assert text.count("[PAD] for every word; ") == 4
+    assert [system for _, system, *_ in found] == ["DeeBERT", "DACT-BERT:"] * 2 and output.count("[PAD] for every") == 4
+    assert max(float(error) for *_, error in found) <= 1.0
+    for i, _, answer, _ in found:
+        label = run.early_exit(*attributions.inputs_of(run, int(i))).label.item()
+        assert run.labels[label] == answer and label == run.dev.labels[int(i)]
 
 
-def test_figure3_takes_the_first_that_both_answer_right(toy_run):
-    run = baselines.open_run(toy_run)
+def test_deebert_runs_as_many_blocks_as_dact(run):
+    """Its answers are those of its ramps at the exits."""
+    exits, S, halted = figure3.deebert_at_the_same_depth(run)
+    mean, N = halted.exit_block.double().mean().item(), 6
+    assert mean <= run.metrics["dact"]["mean_blocks"] + 1e-6 < mean + 1
+    for i in (0, 7):
+        logits = exits(*attributions.inputs_of(run, i))[0][:, 0].detach()  # (N, C)
+        n = next((n for n in range(1, N) if baselines.entropy(logits[n - 1]) < S), N)
+        assert halted.exit_block[i] == n and halted.label[i] == logits[n - 1].argmax()
+        torch.testing.assert_close(halted.a[i], logits[n - 1].softmax(0), atol=1e-5, rtol=1e-4)
+
+
+def test_examples_that_both_answer_right_are_chosen(run):
     order = sorted(range(len(run.dev)), key=lambda i: run.dev.groups[i] != "level 3")  # the hardest first
-    right = [i for i in order if attributions.halted(run, i).label.item() == run.dev.labels[i]]
+    right = [i for i in order if run.early_exit(*attributions.inputs_of(run, i)).label.item() == run.dev.labels[i]]
     deebert = run.dev.labels.clone()
     deebert[right[0]] = 1 - deebert[right[0]]  # of those, DeeBERT misses the first
-    assert attributions.first_right(run, 2, deebert) == right[1:3] and attributions.first_right(run, 1) == right[:1]
+    assert attributions.chosen_examples(run, [], 2, deebert) == right[1:3]
+    assert attributions.chosen_examples(run, [], 1) == right[:1] and attributions.chosen_examples(run, [4], 1) == [4]
     with pytest.raises(data.InputError, match="0 of 2 example"):
-        attributions.first_right(run, 2, 1 - run.dev.labels)
+        attributions.chosen_examples(run, [], 2, 1 - run.dev.labels)
 
 
-def test_signs_and_sizes_are_seen_without_colour():
-    found = attributions.Attribution(torch.tensor([2.0, -1.0, 0.1]), 0.0, 0.0, 0.0, 1)
-    spans = [figure3.span(*t) for t in zip("abc", found.parts.tolist(), attributions.shares(found.parts).tolist())]
-    assert [re.search('class="([a-z]*)"', s)[1] for s in spans] == ["for", "against", ""]
-    assert len({re.search("background:(#[0-9a-f]+)", s)[1] for s in spans}) == 3
-    assert 'title="-1.0000 nats"' in spans[1]
-    assert "&lt;b&gt;&amp;" in figure3.span("<b>&", 0.1, 0.1) and "<b>" not in figure3.span("<b>&", 0.1, 0.1)
+def test_signs_are_seen_without_colour():
+    """A line under the stronger tokens: solid for the answer, dotted against it."""
+    axis = Figure().subplots()
+    for column, share in enumerate((1.0, -0.5, 0.1)):
+        figure3.draw_token(axis, 9 * column, 0, "$a", share)
+    assert [line.get_linestyle() for line in axis.lines] == ["-", ":"] and len(axis.patches) == 3
+    assert len({patch.get_facecolor() for patch in axis.patches}) == 3
 
 
 def test_lines_of_the_picture_hold_every_token_once_and_do_not_overflow():
@@ -343,22 +305,3 @@ def test_figure4_leaves_a_picture_and_says_which_blocks_halted(toy_run, capsys):
         h = run.dact(*attributions.inputs_of(run, 2))[1][:, 0]
     assert [float(row[1]) for row in rows] == pytest.approx(h[:n].tolist(), abs=6e-4)
     assert float(of_input) == pytest.approx(h[:n].log().sum().item(), abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    "script, argv, message",
-    [
-        (figure3, ["--examples", "50"], "no dev example 50; give numbers from 0 to 49"),
-        (figure3, ["--examples", "-1"], "no dev example -1"),
-        (figure3, ["--examples", "1", "--steps", "1"], "int from 2 to 1024"),
-        (figure4, ["--examples", "1", "2"], "figure 4 is of one example, found 2"),
-        (figure4, ["--examples", "one"], "invalid int value: 'one'"),
-        (figure4, ["nowhere"], "no such file"),
-    ],
-)
-def test_bad_input_is_one_line(toy_run, capsys, monkeypatch, script, argv, message):
-    folder = [] if argv == ["nowhere"] else [str(toy_run)]
-    monkeypatch.setattr(sys, "argv", [script.__name__, *folder, *argv])
-    assert baselines.command(script.main) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

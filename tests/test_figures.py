@@ -1,6 +1,7 @@
 """Figures 2 and 5, and pruning: what they compute, by hand and by brute force; what they leave and refuse."""
 
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import BertModel
 
 import bert
 import dact
+import data
 import train
 
 PAPER = Path(train.__file__).parent / "paper"
@@ -22,20 +24,22 @@ sys.path.insert(0, str(PAPER))
 
 import baselines
 import figure2
+import figure3
+import figure4
 import figure5
+import generality
 import pruning
+import speed
+import submit
 
 pytestmark = pytest.mark.usefixtures("few_sentences")
-SCRIPTS = {"figure2": figure2, "figure5": figure5, "pruning": pruning}
+SCRIPTS = {each.__name__: each for each in (figure2, figure3, figure4, figure5, generality, pruning, speed, submit)}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
 def run(toy_run):
-    """The run, opened anew for each test, so that a test may change its models.
-
-    In float32 on any machine: what is worked out one by one and in batches must be the same to the last example.
-    """
+    """The run, opened anew for each test, so that a test may change its models."""
     return baselines.open_run(toy_run)
 
 
@@ -47,7 +51,7 @@ def random_run(run, seed=1):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.4, generator=generator)
         for head in run.dact.heads:
-            for layer in (head.answer[0], head.answer[2], head.halt[0], head.halt[2]):
+            for layer in (head.shared, head.answer, head.halt):
                 layer.bias.zero_()
             head.scale.steps.zero_()
         run.dact.train()(*run.dev.batch(list(range(len(run.dev))))[0])  # the heads' scale follows
@@ -58,26 +62,16 @@ def random_run(run, seed=1):
 def running_answers(model, dataset):
     """All a_n (N, n, C) and p_n (N, n) of a dataset, one example at a time, so without pads."""
     with torch.no_grad():
-        said = [dact.accumulate_all(*model(*dataset.batch([i])[0])) for i in range(len(dataset))]
-    return tuple(torch.cat(column, 1) for column in zip(*said))
+        found = [dact.accumulate_all(*model(*dataset.batch([i])[0])) for i in range(len(dataset))]
+    return tuple(torch.cat(column, 1) for column in zip(*found))
+
+
+def early(run, model, dataset=None):
+    """`dact.Halted` of a dataset, by default dev, by the run's own rule."""
+    return pruning.predicted(run, {"model": model}, dataset or run.dev)[0]["model"]
 
 
 # ---- Figure 2 -------------------------------------------------------------------------------------------------------
-
-
-def test_attention_entropy_by_hand():
-    """Scores of x_1 = (r, 0), x_2 = (0, r) under identity maps, r^2 / sqrt(2) = ln 3: ln 3 to itself, 0 to the other.
-
-    The weights are then 3/4 and 1/4, the entropy 3/4 ln 4/3 + 1/4 ln 4 = 0.2158 + 0.3466 = 0.5623. The pad would win.
-    """
-    attention = bert.SelfAttention(bert.BertConfig(1, 2, 1, 1, 1))
-    for linear in (attention.query, attention.key):
-        linear.weight.data, linear.bias.data = torch.eye(2), torch.zeros(2)
-    r = math.sqrt(math.sqrt(2) * math.log(3))
-    hidden, mask = torch.tensor([[[r, 0.0], [0.0, r], [50.0, 50.0]]]), torch.tensor([[True, True, False]])
-    found = figure2.attention_entropy(attention, hidden, mask)
-    assert found.shape == (1, 1, 3)
-    assert found[0, 0, :2].tolist() == pytest.approx([0.5623, 0.5623], abs=1e-4)
 
 
 def test_attention_entropy_equals_transformers(tmp_path):
@@ -100,18 +94,6 @@ def test_attention_entropy_equals_transformers(tmp_path):
             hidden = block(hidden, mask)
 
 
-def test_heads_that_see_no_difference_look_evenly(run):
-    """Queries of 0: every score is 0, every weight 1 / T; the entropy is log T for T real tokens, without pads."""
-    for block in run.stage1.bert.blocks:
-        torch.nn.init.zeros_(block.attention.query.weight)
-        torch.nn.init.zeros_(block.attention.query.bias)
-    found = figure2.head_entropies(run.stage1.bert, run.dev, 16, run.args.device)
-    tokens = [math.log(length) for length in run.dev.lengths for _ in range(length)]
-    assert len(set(tokens)) > 3 and found.shape == (6, 1)
-    assert found.flatten().tolist() == pytest.approx([sum(tokens) / len(tokens)] * 6, abs=1e-5)
-    assert figure2.uniform_entropy(run.dev.lengths) == pytest.approx(sum(tokens) / len(tokens))
-
-
 def test_head_entropies_are_means_over_tokens_without_pads(run):
     """The same numbers from one example at a time: no pads, no batches."""
     backbone, total = run.dact.backbone, torch.zeros(6)
@@ -130,21 +112,26 @@ def test_head_entropies_are_means_over_tokens_without_pads(run):
         assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+def test_even_attention():
+    """Tokens of rows of 2 and of 6: 2 times ln 2 and 6 times ln 6, over 8."""
+    expected = (2 * math.log(2) + 6 * math.log(6)) / 8
+    assert figure2.uniform_entropy(np.array([2, 6])) == pytest.approx(expected)
+
+
 def test_shares_that_reach_a_block(run):
     """From the exits that were measured: block n is reached by those that leave at n or later."""
-    answers = train.predict(random_run(run).dact.early_exit, run.dev, run.args)
+    exit_block = early(run, random_run(run).dact).exit_block
     shares = figure2.reached(run, run.dev)
-    assert len(set(answers.exit_block.tolist())) > 2 and shares[0] == 1
-    later = sum(answers.exit_block.tolist().count(n) for n in (4, 5, 6))
-    assert shares[3] == pytest.approx(later / 50)
+    assert len(exit_block.unique()) > 2 and shares[0] == 1
+    assert shares[3] == pytest.approx((exit_block >= 4).sum().item() / 50)
 
 
 def test_figure_2_draws_what_it_measured(run):
     panel = figure2.measure(run, 20)
     assert "first 20 of 50 dev examples" in panel.title and len(panel.reached) == 6
     assert "all 50 dev examples" in figure2.measure(run, 50).title
-    half = figure2.head_entropies(run.stage1.bert, run.dev.part(np.arange(20)), 16, run.args.device)
-    torch.testing.assert_close(panel.entropies["DeeBERT"], half)
+    first = run.saved.dataset(data.Examples(*(column[:20] for column in (run.splits[1].texts, run.splits[1].labels))))
+    torch.testing.assert_close(panel.entropies["DeeBERT"], figure2.head_entropies(run.stage1.bert, first, 16, "cpu"))
     axes = figure2.draw([panel, panel]).axes
     assert len(axes) == 2
     drawn = [line.get_ydata() for line in axes[1].lines]
@@ -160,9 +147,7 @@ def test_figure_2_draws_what_it_measured(run):
 def test_histograms_of_figure_5(run):
     """Entropy is never under 0 and never over log 2 = 0.69: S = 0 leaves after block 6, S = 0.7 after block 1."""
     panel = figure5.measure(run, [0.0, 0.4, 0.7])
-    assert list(panel.exits) == [
-        "DACT, rule (4)", "DACT, exact rule", "DeeBERT, S = 0", "DeeBERT, S = 0.4", "DeeBERT, S = 0.7"
-    ]  # fmt: skip
+    assert list(panel.exits) == ["DACT, rule (4)", "DeeBERT, S = 0", "DeeBERT, S = 0.4", "DeeBERT, S = 0.7"]
     assert all(len(counts) == 6 and sum(counts) == 50 for counts in panel.exits.values())
     assert panel.exits["DeeBERT, S = 0"] == [0, 0, 0, 0, 0, 50]
     assert panel.exits["DeeBERT, S = 0.7"] == [50, 0, 0, 0, 0, 0]
@@ -170,26 +155,24 @@ def test_histograms_of_figure_5(run):
     assert last == pytest.approx({metric: run.metrics["full"][metric] for metric in last})
 
 
-def test_histograms_of_figure_5_are_the_rules_own(run):
+@pytest.mark.parametrize("name", dact.RULES)
+def test_histograms_of_figure_5_are_the_rules_own(run, name):
     """From all running answers: the exit is the first block at which the rule's left side reaches its right."""
     a, p = running_answers(random_run(run).dact, run.dev)
-    exits, counted = figure5.measure(run, [0.3]).exits, {}
-    for form, rule in (("DACT, rule (4)", dact.paper_rule), ("DACT, exact rule", dact.exact_rule)):
-        halts = torch.stack([torch.ge(*rule(a[n], p[n], 5 - n)) for n in range(6)])
-        halts[5] = True
-        first = halts.int().argmax(0)  # of equal maxima, the first
-        counted[form] = [(first == n).sum().item() for n in range(6)]
-        assert exits[form] == counted[form]
-    assert counted["DACT, rule (4)"] != counted["DACT, exact rule"]
-    groups = figure5.measure(run, []).groups
-    assert groups.keys() == {"level 1", "level 2", "level 3"}
-    assert [sum(counts) for counts in zip(*groups.values())] == counted["DACT, rule (4)"]
+    run.args.rule = name
+    halts = torch.stack([torch.ge(*dact.RULES[name](a[n], p[n], 5 - n)) for n in range(6)])
+    halts[5] = True
+    first = halts.int().argmax(0)  # of equal maxima, the first
+    panel = figure5.measure(run, [])
+    assert panel.exits == {f"DACT, {train.RULE_NAMES[name]}": [(first == n).sum().item() for n in range(6)]}
+    assert panel.groups.keys() == {"level 1", "level 2", "level 3"} and len(first.unique()) > 2
+    assert [sum(counts) for counts in zip(*panel.groups.values())] == panel.exits[panel.ours]
 
 
 def test_figure_5_draws_and_prints_what_it_measured():
     exits = {"DACT, rule (4)": [0, 30, 10], "DeeBERT, S = 0.5": [25, 0, 15]}
-    groups = {"level 1": [0, 9, 1], "level 2": [0, 21, 9]}
-    panel = figure5.Panel("toy: 40 dev examples", exits, {form: {"accuracy": 62.5} for form in exits}, groups)
+    groups, scores = {"level 1": [0, 9, 1], "level 2": [0, 21, 9]}, {name: {"accuracy": 62.5} for name in exits}
+    panel = figure5.Panel("toy: 40 dev examples", exits, scores, "DACT, rule (4)", groups)
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure5.draw([panel]).axes]
     assert heights == [[0, 30, 10, 25, 0, 15], [0, 9, 1, 0, 21, 9]]
     assert len(figure5.draw([panel._replace(groups={})]).axes) == 1
@@ -210,12 +193,11 @@ def test_a_pruned_model_answers_with_the_winner_of_a_K(run, rule):
     a, _ = running_answers(run.dact, run.dev)
     moved = 0
     for K in range(1, 7):
-        variants = pruning.variants_of(run, {"whole": run.dact, "pruned": pruning.prune(run.dact, K)})
-        answers = {name: train.predict(variant, run.dev, run.args) for name, variant in variants.items()}
-        assert torch.equal(answers["pruned"].label, a[K - 1].argmax(-1))
-        assert (answers["pruned"].exit_block <= answers["whole"].exit_block.clamp(max=K)).all()
-        past, lost, others = pruning.changes(answers["whole"], answers["pruned"], K)
-        assert past == (answers["whole"].exit_block > K).sum() and others == 0
+        whole, pruned = early(run, run.dact), early(run, pruning.prune(run.dact, K))
+        assert torch.equal(pruned.label, a[K - 1].argmax(-1))
+        assert (pruned.exit_block <= whole.exit_block.clamp(max=K)).all()
+        past, lost, others = pruning.changes(whole, pruned, K)
+        assert past == (whole.exit_block > K).sum() and others == 0
         moved += lost
     assert moved > 0  # there was something to lose: some examples did need the dropped blocks
 
@@ -223,41 +205,26 @@ def test_a_pruned_model_answers_with_the_winner_of_a_K(run, rule):
 def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path):
     """h_1 = h_2 = h_3 = 1 and h_4 = 0: all leave at block 4. Cut there, saved and loaded, the labels are the same."""
     random_run(run, seed=6)
-    for head in run.dact.heads[:3]:
-        torch.nn.init.constant_(head.halt[-1].bias, 50.0)
-    torch.nn.init.zeros_(run.dact.heads[3].halt[-1].weight)
-    torch.nn.init.constant_(run.dact.heads[3].halt[-1].bias, -50.0)
-    for name in ("dact.pt", "stage1.pt", "metrics.json"):
-        shutil.copy(run.folder / name, tmp_path)
+    for head in run.dact.heads[:4]:
+        torch.nn.init.zeros_(head.halt.weight)
+        torch.nn.init.constant_(head.halt.bias, 50.0)
+    torch.nn.init.constant_(run.dact.heads[3].halt.bias, -50.0)
     run = run._replace(folder=tmp_path)
     assert pruning.last_block_reached(run) == 4
+    train.save_model(tmp_path / "dact.pt", run.saved)
     path = pruning.save_pruned(run, 4)
-    small = train.load_run(path, 2, "toy")[0].eval()
-    assert small.backbone.config.num_hidden_layers == 4
-    assert len(small.backbone.blocks) == len(small.heads) == 4
+    small = train.load_run(path, 2, "toy").model
+    assert small.backbone.config.num_hidden_layers == len(small.backbone.blocks) == len(small.heads) == 4
     assert path.stat().st_size < 0.8 * (tmp_path / "dact.pt").stat().st_size
-    variants = pruning.variants_of(run, {"whole": run.dact, "pruned": small})
-    whole, pruned = (train.predict(variant, run.dev, run.args).label for variant in variants.values())
+    whole, pruned = (early(run, model).label for model in (run.dact, small))
     assert whole.unique().tolist() == [0, 1] and torch.equal(whole, pruned)
     assert len(run.dact.backbone.blocks) == 6  # the whole model is left as it was
-
-
-def test_pruned_heads_read_what_they_read(run):
-    """Each on the scale of its own block."""
-    model = random_run(run).dact
-    for n, head in enumerate(model.heads, start=1):
-        head.scale.mean.fill_(float(n))
-    small, cls = pruning.prune(model, 4), torch.randn(5, 64)
-    assert len(small.heads) == 4 and len(model.heads) == 6
-    for n in range(4):
-        for ours, theirs in zip(small.heads[n](cls), model.heads[n](cls)):
-            assert torch.equal(ours, theirs)
 
 
 def test_the_last_block_that_an_example_reaches(run):
     """Cut to 4 blocks, some training examples leave early and some at block 4: K is the exit of the last of them."""
     run = run._replace(dact=pruning.prune(random_run(run).dact, 4))
-    exit_block = train.predict(run.dact.early_exit, run.train_set, run.args).exit_block
+    exit_block = early(run, run.dact, run.train_set).exit_block
     assert exit_block.min() < exit_block.max() == 4
     assert pruning.last_block_reached(run) == 4
 
@@ -270,7 +237,7 @@ def test_changes_are_counted_apart():
 
 def test_a_model_that_needs_all_its_blocks_is_left_alone(run, tmp_path, capsys):
     for head in run.dact.heads:  # h = 1: nothing is ever safe to stop
-        torch.nn.init.constant_(head.halt[-1].bias, 50.0)
+        torch.nn.init.constant_(head.halt.bias, 50.0)
     shutil.copy(run.folder / "dact.pt", tmp_path)
     run = run._replace(folder=tmp_path)
     pruning.prune_run(run, None)
@@ -278,7 +245,6 @@ def test_a_model_that_needs_all_its_blocks_is_left_alone(run, tmp_path, capsys):
     pruning.prune_run(run, 2)  # forced
     out = capsys.readouterr().out
     assert "dropped    block 3 to 6, as told" in out and "50 of 50 dev examples went past block 2" in out
-    assert (tmp_path / "pruned.pt").exists()
 
 
 # ---- The scripts ----------------------------------------------------------------------------------------------------
@@ -297,9 +263,9 @@ def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
     sizes = {name: int(rows[name][3].replace(",", "")) for name in ("unpruned", "pruned")}
     assert sizes["pruned"] == (folder / "pruned.pt").stat().st_size < sizes["unpruned"]
     # A block of the toy: 4 (64 * 64 + 64) attention, 2 * 64 * 128 + 128 + 64 feed-forward, 4 * 64 norms = 33472;
-    # its head: twice 64 * 64 + 64 hidden, 2 * 64 + 2 answer, 64 + 1 halting = 8515; three of them go.
+    # its head: 64 * 64 + 64 shared, 2 * 64 + 2 answer, 64 + 1 halting = 4355; three of them go.
     counts = [int(rows[name][2].replace(",", "")) for name in ("unpruned", "pruned")]
-    assert counts[0] - counts[1] == 3 * (33472 + 8515)
+    assert counts[0] - counts[1] == 3 * (33472 + 4355)
 
 
 def test_train_py_reads_a_pruned_model(toy_run, tmp_path, capsys):
@@ -311,34 +277,51 @@ def test_train_py_reads_a_pruned_model(toy_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_folder_that_is_no_run(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
-    assert baselines.command(SCRIPTS[name].main) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: ") and error.count("\n") == 1 and "no such file" in error
+def test_a_folder_that_is_no_run(name, tmp_path, capsys):
+    for content, words in ((None, "no such file"), ("[]", "not the metrics of a run")):
+        if content:
+            (tmp_path / "metrics.json").write_text(content)
+        assert train.command(SCRIPTS[name].main, [str(tmp_path)]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("error: ") and error.count("\n") == 1 and words in error
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    "words, message",
     [
-        ("figure2", ["--examples", "0"]),
-        ("figure5", ["--S", "nan"]),
-        ("figure5", ["--S", "-1"]),
-        ("pruning", ["--keep", "0"]),
-        ("pruning", ["--keep", "6"]),
+        ("figure2 --examples 0", "0 is no int from 1 to"),
+        ("figure3 --examples 50", "no dev example 50; give numbers from 0 to 49"),
+        ("figure3 --examples -1", "no dev example -1"),
+        ("figure4 --examples 1 2", "figure 4 is of one example, found 2"),
+        ("figure4 --examples one", "invalid int value: 'one'"),
+        ("figure5 --S nan", "nan is no float from 0"),
+        ("figure5 --S few", "invalid float value: 'few'"),
+        ("pruning --keep 0", "0 is no int from 1"),
+        ("pruning --keep 6", "give a number from 1 to 5"),
     ],
 )
-def test_bad_flags(name, words, toy_run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, str(toy_run), *words])
-    assert baselines.command(SCRIPTS[name].main) == 2
+def test_bad_flags(words, message, toy_run, capsys):
+    name, *flags = words.split()
+    assert train.command(SCRIPTS[name].main, [str(toy_run), *flags]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and words[0] in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error and flags[0] in error
+
+
+def test_without_a_folder_it_is_the_repositorys_own_run(tmp_path, monkeypatch, capsys):
+    """Wherever the command is typed, and made first if it is not there."""
+    for folder, shown in ((PAPER, Path("../runs/toy")), (PAPER.parent, Path("runs/toy"))):
+        monkeypatch.chdir(folder)
+        assert baselines.arguments("a figure").parse_args([]).runs == [str(shown)]
+    monkeypatch.setattr(baselines, "ROOT", tmp_path)
+    monkeypatch.setattr(train, "run", lambda args: print(f"made {os.path.relpath(args.out, tmp_path)}"))
+    with pytest.raises(data.InputError, match="no such file"):
+        baselines.open_run(*baselines.arguments("a figure").parse_args([]).runs)
+    assert capsys.readouterr().out == "made runs/toy\n"
 
 
 def test_a_model_of_one_block_is_refused(tmp_path, capsys):
     config = CONFIG | {"num_hidden_layers": 1}
     model = write_google(tmp_path / "model", google_arrays(config), config)
-    argv = ["--model", str(model), "--epochs", "0.1", "--out", str(tmp_path / "run")]
-    assert train.main(argv) == 0
-    assert baselines.command(lambda _: figure2.main([str(tmp_path / "run")])) == 2
+    assert train.main(["--model", str(model), "--epochs", "0.1", "--out", str(tmp_path / "run")]) == 0
+    assert train.command(figure2.main, [str(tmp_path / "run")]) == 2
     assert "a model of one block" in capsys.readouterr().err
