@@ -75,15 +75,7 @@ def run(args, splits=None):
     """
     join_processes()
     check_folder(args)
-    if rank() > 0:
-        dist.barrier()  # until the first process has downloaded everything
-    splits = splits or data.load_task(args.task, args.data)
-    start = starting_model(args)
-    train_set, dev_set = (start.dataset(split) for split in splits)
-    if dist.is_initialized() and rank() == 0:
-        dist.barrier()
-    args.device, args.precision = pick_hardware(start.name, args.precision)
-    settings = introduce(start, train_set, dev_set, args)
+    start, train_set, dev_set, settings = prepare(args, splits)
     log, seconds = open_log(args), {}
 
     stage1 = start.model.to(args.device)
@@ -114,14 +106,23 @@ def run(args, splits=None):
         write_whole(args.out / "metrics.json", json.dumps(settings | results, indent=1).encode())
 
 
-def introduce(start, train_set, dev_set, args):
-    """Print what a run is about to do; returns what decides its numbers, for its files."""
+def prepare(args, splits):
+    """What a run starts from (a `Saved`), its two `data.Dataset`s, and what decides its numbers; and says so."""
+    if rank() > 0:
+        dist.barrier()  # until the first process has downloaded everything
+    splits = splits or data.load_task(args.task, args.data)
+    start = starting_model(args)
+    train_set, dev_set = (start.dataset(split) for split in splits)
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+    args.device, args.precision = pick_hardware(start.name, args.precision)
     print(f"device     {args.device}, {args.precision}")
     print(f"model      {start.name}, {sum(p.numel() for p in start.model.parameters()) / 1e6:.1f} M parameters")
     print(f"task       {args.task}, {len(train_set)} training and {len(dev_set)} dev examples, seed {args.seed}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in VERSIONS.items()))
     settings = {name: getattr(args, name) for name in ("task", "stage1", "precision", "rule", *SETTINGS)}
-    return settings | {"model": start.name, "processes": num_processes(), "versions": VERSIONS}
+    more = {"model": start.name, "processes": num_processes(), "versions": VERSIONS}
+    return start, train_set, dev_set, settings | more
 
 
 def starting_model(args):
@@ -271,9 +272,8 @@ def evaluate(stage1, adaptive, train_set, dev, args):
     results["by_chance"] = by_chance(y.argmax(-1), exits, dev.labels, task)
     a, _ = dact.accumulate_all(y, h)
     results["same_as_all_blocks"] = (early == a[-1].argmax(-1)).sum().item()
-    results["groups"] = by_group(full, early, exits, dev, task)
     seconds = {"dev_full": seconds["full"], "dev_early_exit": seconds["dact"]}
-    return results | {"examples": len(dev), "seconds": seconds}
+    return results | {"groups": by_group(full, early, exits, dev, task), "examples": len(dev), "seconds": seconds}
 
 
 @torch.no_grad()
@@ -539,8 +539,8 @@ class Saved(NamedTuple):
     config: bert.BertConfig
 
     def dataset(self, examples):
-        most = min(self.max_tokens, self.config.max_tokens)
-        return data.Dataset(examples, self.tokenizer, most, self.config.pad_token_id)
+        longest = min(self.max_tokens, self.config.max_tokens)
+        return data.Dataset(examples, self.tokenizer, longest, self.config.pad_token_id)
 
     def encode(self, texts, device="cpu"):
         """Texts (str, or (str, str) for a pair) -> what the model takes: ids (B, T), segments (B, T), mask (B, T)."""
