@@ -56,7 +56,7 @@ def main(argv):
             print(f"not run: {error}")
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv):
     parser = baselines.arguments(
         __doc__,
         ("--model", {"help": "shape of the training step, and what is loaded (default: random weights, BERT-base's)"}),
