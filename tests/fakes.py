@@ -16,6 +16,7 @@ from transformers import RobertaConfig, RobertaModel
 import data
 import train
 
+ROOT = Path(train.__file__).parent
 ASSETS = Path(os.environ.get("DACT_ASSETS") or "no folder of real files")
 needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="DACT_ASSETS names no folder of real files")
 

@@ -1,13 +1,16 @@
 """paper/attributions.py against hand calculation and captum; figure3.py and figure4.py on a short run."""
 
 import re
-import sys
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
+import attributions
+import baselines
+import figure3
+import figure4
 import pytest
 import torch
+from attributions import integrated_gradients, layer_conductance
 from captum.attr import LayerConductance, LayerIntegratedGradients
 from fakes import google_arrays, write_google
 from matplotlib.figure import Figure
@@ -15,15 +18,6 @@ from matplotlib.figure import Figure
 import bert
 import dact
 import data
-import train
-
-sys.path.insert(0, str(Path(train.__file__).parent / "paper"))
-
-import attributions
-import baselines
-import figure3
-import figure4
-from attributions import integrated_gradients, layer_conductance
 
 pytestmark = pytest.mark.usefixtures("few_sentences")
 

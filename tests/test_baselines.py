@@ -9,25 +9,21 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
+import baselines
+import generality
 import numpy as np
 import pytest
+import submit
+import table1
 import torch
-from fakes import google_arrays, short_toy_run, small_toy_task, write_glue, write_google
+from fakes import ROOT, google_arrays, short_toy_run, small_toy_task, write_glue, write_google
 
 import bert
 import dact
 import data
 import train
-
-PAPER = Path(train.__file__).parent / "paper"
-sys.path.insert(0, str(PAPER))
-import baselines
-import generality
-import submit
-import table1
 
 
 @pytest.fixture(scope="module")
@@ -576,7 +572,7 @@ def test_the_tables_over_seeds():
 def test_an_ascii_console_does_not_end_it():
     """After all training it would be "±" that does."""
     code = "import table1; table1.train.command(lambda _: print(table1.mean_and_deviation([1.0, 2.0])))"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(PAPER)}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "paper")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "1.5 ? 0.7\n"
 

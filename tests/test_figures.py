@@ -3,24 +3,8 @@
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-
-import numpy as np
-import pytest
-import torch
-from fakes import CONFIG, google_arrays, hugging_face_names, write_google
-from transformers import BertConfig as ReferenceConfig
-from transformers import BertModel
-
-import bert
-import dact
-import data
-import train
-
-PAPER = Path(train.__file__).parent / "paper"
-sys.path.insert(0, str(PAPER))
 
 import baselines
 import figure2
@@ -28,9 +12,20 @@ import figure3
 import figure4
 import figure5
 import generality
+import numpy as np
 import pruning
+import pytest
 import speed
 import submit
+import torch
+from fakes import CONFIG, ROOT, google_arrays, hugging_face_names, write_google
+from transformers import BertConfig as ReferenceConfig
+from transformers import BertModel
+
+import bert
+import dact
+import data
+import train
 
 pytestmark = pytest.mark.usefixtures("few_sentences")
 SCRIPTS = {each.__name__: each for each in (figure2, figure3, figure4, figure5, generality, pruning, speed, submit)}
@@ -309,7 +304,7 @@ def test_bad_flags(words, message, toy_run, capsys):
 
 def test_without_a_folder_it_is_the_repositorys_own_run(tmp_path, monkeypatch, capsys):
     """Wherever the command is typed, and made first if it is not there."""
-    for folder, shown in ((PAPER, Path("../runs/toy")), (PAPER.parent, Path("runs/toy"))):
+    for folder, shown in ((ROOT / "paper", Path("../runs/toy")), (ROOT, Path("runs/toy"))):
         monkeypatch.chdir(folder)
         assert baselines.arguments("a figure").parse_args([]).runs == [str(shown)]
     monkeypatch.setattr(baselines, "ROOT", tmp_path)

@@ -7,10 +7,10 @@ import faulthandler
 import json
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
+import baselines
 import numpy as np
 import pytest
 import torch
@@ -21,9 +21,6 @@ import dact
 import data
 import train
 from data import InputError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "paper"))
-import baselines
 
 SECONDS, SEED = float(os.environ.get("DACT_FUZZ", "1")), int(os.environ.get("DACT_FUZZ_SEED", "0"))
 CALL = b"cposix\nsystem\n(S'touch ran'\ntR."  # a pickle that runs a program

@@ -2,22 +2,18 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import speed
 import torch
-from fakes import CONFIG, VOCAB, google_arrays, short_toy_run, write_google
+from fakes import CONFIG, ROOT, VOCAB, google_arrays, short_toy_run, write_google
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bert
 import data
 import train
-
-PAPER = Path(train.__file__).parent / "paper"
-sys.path.insert(0, str(PAPER))
-import speed
 
 
 def test_loading_holds_one_copy_and_not_the_compiler(tmp_path):
@@ -26,7 +22,7 @@ def test_loading_holds_one_copy_and_not_the_compiler(tmp_path):
     write_google(tmp_path, google_arrays(config), config)
     assert speed.load_apart(tmp_path)[1] < 1.2
     code = f"import bert, sys; bert.load_pretrained({str(tmp_path)!r}, 2); sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PAPER.parent, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_flops_of_a_training_step():
