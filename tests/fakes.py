@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import RobertaConfig, RobertaModel
 
+import dact
 import data
 import train
 
@@ -27,9 +29,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def google_arrays(config=CONFIG, seed=0):
+def google_arrays(config=CONFIG):
     """Random arrays under Google's names, in Google's shapes: kernels are (in, out)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     D, I = config["hidden_size"], config["intermediate_size"]
     shapes = {
         "bert/embeddings/word_embeddings": (config["vocab_size"], D),
@@ -68,11 +70,7 @@ def hugging_face_names(arrays):
 
 
 def varint(value):
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes(out + bytes([value]))
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
 def index_bytes(entries, block_entries=4):
@@ -81,9 +79,7 @@ def index_bytes(entries, block_entries=4):
     def block(pairs):
         body, last = b"", b""
         for key, value in pairs:
-            shared = 0
-            while shared < min(len(key), len(last)) and key[shared] == last[shared]:
-                shared += 1
+            shared = len(os.path.commonprefix([key, last]))
             body += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
             last = key
         return body + struct.pack("<II", 0, 1) + bytes(5)  # a type, 0, and a checksum, which bert.py does not read
@@ -105,7 +101,7 @@ def index_bytes(entries, block_entries=4):
     return table + index + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
 
 
-def write_google(folder, arrays, config=CONFIG, vocab=VOCAB):
+def write_google(folder, arrays, config=CONFIG):
     """A folder as Google's zips hold it."""
     folder.mkdir(parents=True, exist_ok=True)
     entries, data = {}, b""
@@ -114,30 +110,25 @@ def write_google(folder, arrays, config=CONFIG, vocab=VOCAB):
         entries[name] = (arrays[name].shape, len(data), len(raw))
         data += raw
     (folder / "bert_config.json").write_text(json.dumps(config))
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     (folder / "bert_model.ckpt.index").write_bytes(index_bytes(entries))
     (folder / "bert_model.ckpt.data-00000-of-00001").write_bytes(data)
     return folder
 
 
-def write_hugging_face(folder, tensors, config=CONFIG, vocab=VOCAB):
+def write_hugging_face(folder, tensors):
     """A folder of the hub's layout: config.json, vocab.txt, model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        place = [len(body), len(body) + len(raw)]
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        body += raw
-    head = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    content = save(tensors, {"format": "pt"})
+    (length,) = struct.unpack("<Q", content[:8])
+    header, body = content[8 : 8 + length] + b" ", content[8 + length :]  # of an odd length, as in files of 2022
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length + 1) + header + body)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "bert"}))
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     return folder
 
 
-def write_roberta(folder, safe=True, vocab=None, seed=0):
+def write_roberta(folder, safe=True, vocab=None):
     """A small random RoBERTa as `transformers` saves it: (folder, the model). vocab: (vocab.json, merges.txt) as texts.
 
     Without a vocab its tokenizer knows the bytes and two merges. safe: model.safetensors, else pytorch_model.bin.
@@ -147,7 +138,7 @@ def write_roberta(folder, safe=True, vocab=None, seed=0):
         tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "th", "the", "\u0120the", "<mask>"]
         ids = {token: i for i, token in enumerate(tokens)}
         vocab = json.dumps(ids), "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=len(json.loads(vocab[0])), hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5,
@@ -241,3 +232,18 @@ def short_toy_run(folder, batch, *flags):
     """Train one epoch of the toy task into a folder: the folder."""
     assert train.main(["--epochs", "1", "--lr", "1e-3", "--batch", str(batch), "--out", str(folder), *flags]) == 0
     return folder
+
+
+def scattered(model):
+    """The model with random weights, with which it answers differently for every example and block."""
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            small = name.startswith("heads.") and ".halt." not in name
+            torch.nn.init.normal_(weight, std=0.17 if small else 0.3)
+    for module in model.modules():
+        if isinstance(module, dact.Scale):
+            module.mean.zero_(), module.var.fill_(1)
+        if isinstance(module, dact.DactModule):
+            torch.nn.init.constant_(module.halt.bias, 2.0)
+    return model.eval()

@@ -3,6 +3,7 @@
 DACT_FUZZ says for how many seconds each kind of file is damaged (1 by default); DACT_FUZZ_SEED, with which numbers.
 """
 
+import codecs
 import faulthandler
 import json
 import os
@@ -14,7 +15,6 @@ import baselines
 import numpy as np
 import pytest
 import torch
-from fakes import google_arrays, hugging_face_names, write_google, write_hugging_face, write_roberta
 
 import bert
 import dact
@@ -99,43 +99,37 @@ def a_model(folder):
 
 
 @pytest.mark.parametrize("name", ["bert_config.json", "bert_model.ckpt.index", "vocab.txt", "tokenizer.json"])
-def test_google(tmp_path, name):
-    folder = write_google(tmp_path / "google", google_arrays())
+def test_google(google, name):
     if name == "tokenizer.json":
-        (folder / name).write_text(bert.read_tokenizer(folder).to_str())
-    fuzz(folder / name, lambda: a_model(folder))
+        (google / name).write_text(bert.read_tokenizer(google).to_str())
+    fuzz(google / name, lambda: a_model(google))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
-def test_hugging_face(tmp_path, name):
-    folder = write_hugging_face(tmp_path / "hub", hugging_face_names(google_arrays()))
+def test_hugging_face(hub, name):
     settings = {"do_lower_case": True, "strip_accents": False, "tokenizer_class": "BertTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    head = 8 + int.from_bytes((folder / name).read_bytes()[:8], "little") if name == "model.safetensors" else None
-    fuzz(folder / name, lambda: a_model(folder), head)
+    (hub / "tokenizer_config.json").write_text(json.dumps(settings))
+    head = 8 + int.from_bytes((hub / name).read_bytes()[:8], "little") if name == "model.safetensors" else None
+    fuzz(hub / name, lambda: a_model(hub), head)
 
 
 @pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "vocab.json", "merges.txt"])
-def test_roberta(tmp_path, name):
-    folder, _ = write_roberta(tmp_path / "hub", safe=False)
-    fuzz(folder / name, lambda: a_model(folder))
+def test_roberta(roberta, name):
+    fuzz(roberta / name, lambda: a_model(roberta))
 
 
-def test_an_index_of_several_files(tmp_path):
-    folder = write_hugging_face(tmp_path / "hub", tensors := hugging_face_names(google_arrays()))
-    (folder / "model.safetensors").rename(folder / "part.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))
-    fuzz(index, lambda: a_model(folder))
+def test_an_index_of_several_files(hub):
+    index, parts = hub / "model.safetensors.index.json", dict.fromkeys(bert.read_weights(hub), "part.safetensors")
+    (hub / "model.safetensors").rename(hub / "part.safetensors")
+    index.write_text(json.dumps({"weight_map": parts}))
+    fuzz(index, lambda: a_model(hub))
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_models_of_a_run(tmp_path, stage):
-    model, tokenizer = bert.load_pretrained(write_google(tmp_path / "google", google_arrays()), 2)
-    saved = train.Saved(
-        model if stage == 1 else dact.DactBert(model.bert, 2), tokenizer, "m", 20, "rte", model.bert.config
-    )
-    train.save_model(tmp_path / "model.pt", saved)
+def test_models_of_a_run(tmp_path, google, stage):
+    model, tokenizer = bert.load_pretrained(google, 2)
+    config, model = model.bert.config, model if stage == 1 else dact.DactBert(model.bert, 2)
+    train.save_model(tmp_path / "model.pt", train.Saved(model, tokenizer, "m", 20, "rte", config))
 
     def use():
         found = train.load_run(tmp_path / "model.pt", stage, "rte")
@@ -154,18 +148,11 @@ def test_tsv(tmp_path, split):
         (tmp_path / f"{name}.tsv").write_text("\n".join("\t".join(row) for row in [columns, *rows]), "utf-8")
 
     def use():
-        """Every line with its number and label, read by another way: one character at a time."""
+        """Every line with its number and label, read by another way: bytes, which are decoded last."""
         found = data.load_task("rte", tmp_path)[0] if split == "train" else data.load_test("rte", tmp_path)
-        table, field = [[]], ""
-        for character in (tmp_path / f"{split}.tsv").read_bytes().decode("utf-8-sig") + "\n":
-            if character not in "\t\n":
-                field += character
-                continue
-            table[-1].append(field.removesuffix("\r") if character == "\n" else field)
-            field = ""
-            if character == "\n":
-                table.append([])
-        header, *lines = [line for line in table if line not in ([], [""])]
+        content = (tmp_path / f"{split}.tsv").read_bytes().removeprefix(codecs.BOM_UTF8)
+        lines = [line.removesuffix(b"\r") for line in content.split(b"\n")]
+        header, *lines = [[field.decode() for field in line.split(b"\t")] for line in lines if line]
         index, first, second, label = (header.index(column) if column in header else None for column in columns)
         assert found.texts == [(line[first], line[second]) for line in lines]
         if split == "train":

@@ -41,31 +41,25 @@ def test_flops_of_a_training_step():
     assert counter.get_total_flops() == 91680
 
 
-@pytest.fixture
-def args():
-    args = speed.parse_arguments(["--batch", "2", "--repetitions", "1"])
-    args.device, args.precision = torch.device("cpu"), "float32"
-    return args
-
-
 def test_speed_prints_its_table_and_draws_its_picture(few_sentences, tmp_path, capsys):
     run, model = short_toy_run(tmp_path / "run", 512), write_google(tmp_path / "model", google_arrays())
     capsys.readouterr()
     flags = f"--model {model} --batch 2 --examples 4 --repetitions 1"
     assert train.command(speed.main, [str(run), *flags.split()]) == 0
     out = capsys.readouterr().out
-    titles = ["early exit at batch 2", "early exit at batch 1", "speed-up of batch 2", "as others evaluate",
-              "training step", "model flops", "padding to 128", "dynamic padding", "loading", "its memory"]  # fmt: skip
-    for title in titles:
-        (line,) = [line for line in out.splitlines() if title in line and "goal" not in line]
+    rows = [line for line in out.splitlines() if line[74:79].strip() in ("<=", ">=")]
+    assert len(rows) == 10
+    for line in rows:
         # A tiny model's share of the peak may round to 0.00: its rate, "4.0 of 2438.2 GFLOP/s", does not.
-        shown = line.split(" of ")[0].split()[-1] if title == "model flops" else line[66:74]
+        shown = line.split(" of ")[0].split()[-1] if "model flops" in line else line[66:74]
         assert float(shown) > 0, line
     assert "GFLOP/s, measured on a product of two float32 matrices" in out
     assert (run / "speed.png").stat().st_size > 10_000
 
 
-def test_an_epoch_of_a_task_of_three_classes_and_what_is_not_run(args, capsys, monkeypatch):
+def test_an_epoch_of_a_task_of_three_classes_and_what_is_not_run(capsys, monkeypatch):
+    args = speed.parse_arguments(["--batch", "2", "--repetitions", "1"])
+    args.device, args.precision = torch.device("cpu"), "float32"
     texts = [("a b", "c"), ("d", "e f"), ("b", "c d")] * 2
     dataset = data.Dataset(data.Examples(texts, [0, 1, 2] * 2), bert.wordpiece_tokenizer(VOCAB), 32, 0)
     speed.epoch_rows(bert.BertConfig.from_dict(CONFIG), dataset, args)
