@@ -428,21 +428,29 @@ def longer(run):
 # ---- DACT at another price of a block -------------------------------------------------------------------------------
 
 
-def dact_over_tau(run, taus):
+def dact_over_tau(run, taus, more=0):
     """The heads of the run's DACT with halting alone trained anew, by equation (3), at other prices: {tau: heads}.
 
-    "The training of only the confidence functions" (section 3.1).
+    "The training of only the confidence functions" (section 3.1). more: so many prices are added, one by one, between
+    the two neighbours whose mean exits on the training set lie farthest apart.
     """
     vectors = cache(partial(cls_vectors, run.dact.backbone, run.train_set, run.args, MOST_FOR_HALTING))
+    settings = {"epochs": train.HALTING_EPOCHS * run.args.epochs, "precision": "float32"}  # heads are in full precision
 
+    @cache
     def at(tau):
-        model = Exits(run.dact.backbone, copy.deepcopy(run.dact.heads))
-        train.freeze_all_but_halting(model)
-        loss, settings = partial(train.stage2_loss, tau=tau), {"epochs": 2 * run.args.epochs, "precision": "float32"}
-        heads = trained(run, f"tau-{tau:g}", model.heads, loss, vectors, **settings)  # as train.run
-        model.requires_grad_(True)  # the backbone is the run's
-        return heads
+        heads = copy.deepcopy(run.dact.heads)
+        train.only_halting_learns(heads)
+        return trained(run, f"tau-{tau:g}", heads, partial(train.stage2_loss, tau=tau), vectors, **settings)
 
+    @cache
+    def mean_exit(tau):
+        return leave_by_rule(*over(at(tau), vectors(), run.args.device))[1].double().mean()
+
+    taus = sorted(taus)
+    for _ in range(more):
+        i = max(range(1, len(taus)), key=lambda i: mean_exit(taus[i - 1]) - mean_exit(taus[i]))
+        taus.insert(i, math.sqrt(taus[i - 1] * taus[i]))
     return {tau: at(tau) for tau in taus}
 
 
