@@ -1,6 +1,7 @@
 """Table 1: DACT-BERT beside what else stops early, at every depth.
 
     python paper/table1.py --task mrpc --seeds 5        the other flags are train.py's: --model, --data, --epochs ...
+    python paper/table1.py --task qnli --seeds 3 --chosen runs/table1-mrpc/chosen.json
 
 Everything is made by this one command and kept in --out: a run of train.py for every seed (seed-0, seed-1, ...), the
 other systems trained beside each, and one run more (held-out) of seed 0 that never sees a fifth of the training set. On
@@ -8,7 +9,8 @@ that fifth the free settings of every system, DACT's too, are chosen: the one wi
 Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
 
 A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear
-between the points that it reaches, constant beyond the last ones. What a table says of a depth is read off each seed's.
+between the points that it reaches. Where two neighbours lie more than 15 % apart, no setting of the knob leads between
+them: there the curve has a gap, and the tables a dash. What a table says of a depth is read off each seed's curve.
 """
 
 import argparse
@@ -27,33 +29,21 @@ from matplotlib.figure import Figure
 import data
 import train
 
-# The paper's Table 1: {model: {task: (metric, blocks saved) of PAPER_ROWS}} in percent
-PAPER_ROWS = ("base", "DeeBERT, S = 0.25", "DeeBERT, S = 0.50", "DeeBERT, S = 0.75", "DACT, rule (4)")
-PAPER = {
-    "BERT-base": {
-        "mrpc": ((88.2, 0.0), (87.3, 30.8), (85.2, 49.1), (79.9, 91.7), (85.4, 48.9)),
-        "qnli": ((91.0, 0.0), (89.1, 40.5), (85.5, 58.2), (59.6, 91.7), (87.5, 46.7)),
-        "rte": ((69.9, 0.0), (69.8, 5.3), (68.1, 21.2), (52.0, 91.7), (62.7, 50.0)),
-    },
-    "RoBERTa-base": {
-        "mrpc": ((90.4, 0.0), (73.4, 0.0), (73.4, 0.0), (0.0, 91.7), (88.9, 51.7)),
-        "qnli": ((92.4, 0.0), (90.2, 33.3), (88.0, 42.8), (59.5, 91.7), (91.9, 44.1)),
-        "rte": ((67.5, 0.0), (66.9, 36.1), (66.0, 39.6), (49.8, 91.7), (54.5, 63.1)),
-    },
-}
-TAUS = (0.005, 0.02, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5)  # nats a block, beside the run's own
+TAUS = (0.005, 0.02, 0.035, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5)  # nats a block, beside the run's own
 DEPTHS = {"a quarter": 25, "a third": 100 / 3, "half": 50, "three quarters": 75}  # percent of the blocks saved
 GRID = np.arange(0, 91, 2.5)  # percent of the blocks saved; a curve's area is its mean here
+GAP = 15  # percent of the blocks: between two points of a curve that lie farther apart there is none
 # {row of what is as trained: its name in metrics.json}
 AS_TRAINED = {"majority class": "majority", "base": "full", "DACT, rule (4)": "dact", "DACT, exact rule": "exact_rule"}
-OURS, FIRST = ("DACT, rule (4)", "DACT by entropy"), "first k blocks"
+DACT, FIRST = "DACT, rule (4)", "first k blocks"
 
 
 def main(argv):
     parser = train.Parser(description="Table 1 of the paper. All other flags are train.py's.", allow_abbrev=False)
     parser.add_argument("--seeds", type=baselines.number(int, 1, 10), default=1, help="runs, from seed 0 (default: 1)")
-    rivals = [name for name in SYSTEMS if name not in OURS]
+    rivals = [name for name in SYSTEMS if "DACT" not in name]
     parser.add_argument("--without", nargs="+", choices=rivals, default=[], help="leave these systems out")
+    parser.add_argument("--chosen", metavar="FILE", help="settings: the chosen.json of another task's table")
     parser.add_argument("--out", help="folder for all of it (default: runs/table1-TASK)")
     own, flags = parser.parse_known_args(argv)
     args = train.parse_arguments(flags)
@@ -61,15 +51,22 @@ def main(argv):
         raise data.InputError("all runs are made from the start, by (4); leave --stage1, --overwrite, --rule out")
     out = Path(own.out or f"runs/table1-{args.task}").expanduser()
     systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
-    held_out = opened(args, split_off_a_fifth(args), out=out / "held-out", seed=0)
-    print(f"about {hours(held_out, systems, own.seeds):.1f} hours more, less what is finished; it can be interrupted")
-    chosen, form = choose(held_out, systems)
+    if own.chosen:
+        with data.reading(own.chosen, "name the chosen.json of another table"):
+            chosen = json.loads(Path(own.chosen).read_text())
+            systems = {name: systems[name] for name in chosen if name in systems}
+        print(hours(opened(args, out=out / "seed-0", seed=0), systems, own.seeds, 0))
+    else:
+        held_out = opened(args, split_off_a_fifth(args), out=out / "held-out", seed=0)
+        print(hours(held_out, systems, own.seeds, 1))
+        chosen = choose(held_out, systems)
+        train.write_whole(out / "chosen.json", json.dumps(chosen).encode())
     results = []
     for seed in range(own.seeds):
-        print(f"\nseed {seed}, run {seed + 2} of {own.seeds + 1}")
-        run = opened(held_out.args, out=out / f"seed-{seed}", seed=seed)
+        print(f"\nseed {seed}, of {own.seeds}")
+        run = opened(args, out=out / f"seed-{seed}", seed=seed)
         results.append(kept(run, chosen, lambda run=run: measured(run, systems, chosen)))
-    text = markdown(held_out, chosen, form, results)
+    text = markdown(run, chosen, results)
     print("\n" + text)
     train.write_whole(out / "table1.md", text.encode())
     baselines.save_figure(draw(args.task, results), out / "table1.png", dpi=110)
@@ -106,7 +103,7 @@ def kept(run, key, measure):
             return found["measured"]
     found = {"key": key, "measured": measure()}
     run.trained.mkdir(exist_ok=True)
-    train.write_whole(path, json.dumps(found, indent=1).encode())
+    train.write_whole(path, json.dumps(found).encode())
     return found["measured"]
 
 
@@ -119,13 +116,14 @@ def split_off_a_fifth(args):
     return [baselines.part_of(whole, sorted(rows)) for rows in (order[fifth:], order[:fifth])]
 
 
-def hours(run, systems, seeds):
-    """About how long all will take, in stages of training; 2 of them for all that learns on cached vectors."""
+def hours(run, systems, seeds, held_out):
+    """About how long all will take, in words; counted in stages of training, 2 for all that learns on cached vectors."""
     joint = [name for name in systems if name in JOINT]
     choosing = 2 + sum(setting for name in joint for setting in SYSTEMS[name][1])
     # A seed: both stages, halting and stage 1 twice, first k, and each joint system for once or twice the epochs
     a_seed = 2 + 4 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)
-    return (choosing + seeds * a_seed) * run.metrics["seconds"]["stage2"] / 3600
+    found = (held_out * choosing + seeds * a_seed) * run.metrics["seconds"]["stage2"] / 3600
+    return f"about {found:.1f} hours, less what is finished; it can be interrupted"
 
 
 # ---- Systems --------------------------------------------------------------------------------------------------------
@@ -183,7 +181,7 @@ def dact_over_tau(run, factor):
     """Rule (4), with the halting units trained anew at other prices; the answers stay."""
     run = trained_longer(run, factor)
     vectors = baselines.cls_vectors(run.dact.backbone, run.dev, run.args)  # one backbone for all prices
-    heads = {run.args.tau: run.dact.heads, **baselines.dact_over_tau(run, TAUS)}
+    heads = {run.args.tau: run.dact.heads, **baselines.dact_over_tau(run, TAUS, more=8)}
     found = {tau: baselines.over(each, vectors, run.args.device) for tau, each in heads.items()}
     y, _ = found[run.args.tau]
     return Outcome(y, lambda tau: baselines.leave_by_rule(*found[tau]), sorted(found))
@@ -215,6 +213,7 @@ SYSTEMS = {
     "DACT, rule (4)": (dact_over_tau, WHOLE),
     "DACT by entropy": (dact_by_entropy, WHOLE),
 }
+LEARNED = ("PABEE", "BERxiT", "PALBERT", DACT)  # that do not leave by entropy themselves
 JOINT = ("PABEE", "PALBERT", "DACT, rule (4)")  # that train a backbone
 
 
@@ -222,8 +221,10 @@ JOINT = ("PABEE", "PALBERT", "DACT, rule (4)")  # that train a backbone
 
 
 def curve(run, outcome):
-    """[[blocks saved %, first metric %, what is won by who leaves where]], with the saving rising. What is won: the
-    metric of what the exits' own heads answer, less that of the same exits dealt out by chance."""
+    """Points [blocks saved %, first metric %, what is won by who leaves where, the answers], with the saving rising.
+
+    What is won: the metric of what the exits' own heads answer, less that of the same exits dealt out by chance.
+    """
     N, answers, settings = run.N, outcome.logits.argmax(-1), outcome.knob
     if len(settings) == 2:
         low, high = settings
@@ -235,19 +236,38 @@ def curve(run, outcome):
         metric, saved = point(run, labels, exit_block)
         own = first_metric(run, answers[exit_block - 1, torch.arange(len(exit_block))])
         chance = train.by_chance(answers, exit_block, run.dev.labels, run.args.task, deals=50)
-        points.append([saved, metric, own - chance[data.TASKS[run.args.task].metrics[0]]])
+        points.append([saved, metric, own - chance[data.TASKS[run.args.task].metrics[0]], labels.tolist()])
     return sorted(points)
 
 
-def at(points, saved):
-    """A curve's metric where so many percent of the blocks are saved."""
-    points = np.array(points)
-    return np.interp(saved, points[:, 0], points[:, 1])
+def around(points, saved):
+    """The points of a curve that a depth is read off, [(weight, point)]: one or two; none in a gap and at its end.
+
+    Before the first point it is that one, which saves more.
+    """
+    after = next((i for i, point in enumerate(points) if point[0] > saved - 1e-6), None)
+    if after is None:
+        return []
+    if after == 0 or points[after][0] < saved + 1e-6:
+        return [(1.0, points[after])]
+    before, width = points[after - 1], points[after][0] - points[after - 1][0]
+    weight = (saved - before[0]) / width
+    return [] if width > GAP else [(1 - weight, before), (weight, points[after])]
 
 
-def read_off(points):
-    """What a table says of a curve: its metric at `DEPTHS`, and its area: its mean from 0 to 90 % saved."""
-    return np.array([*at(points, list(DEPTHS.values())), at(points, GRID).mean()])
+def at(points, saved, column=1):
+    """A column of a curve's points where so many percent of the blocks are saved; nan where there is none."""
+    found = around(points, saved)
+    return sum(weight * point[column] for weight, point in found) if found else math.nan
+
+
+def read_off(points, column=1):
+    return np.array([at(points, saved, column) for saved in DEPTHS.values()])
+
+
+def area(points):
+    """The mean metric from 0 to 90 % saved; for this alone a straight line leads through every gap."""
+    return np.interp(GRID, *zip(*(point[:2] for point in points))).mean()
 
 
 def first_metric(run, labels):
@@ -255,26 +275,24 @@ def first_metric(run, labels):
 
 
 def choose(run, systems):
-    """On the dev set of `run`, the held-out fifth: ({system: the setting of the greatest area}, our better form)."""
-    areas = kept(run, {name: settings for name, (_, settings) in systems.items()}, lambda: areas_of(run, systems))
-    chosen = {name: settings[np.argmax(areas[name])] for name, (_, settings) in systems.items()}
-    return chosen, max(OURS, key=lambda name: max(areas[name]))
+    """{system: the setting of the greatest area} on the dev set of `run`, the held-out fifth."""
 
+    def areas_of():
+        areas = {}
+        for number, (name, (outcome_of, settings)) in enumerate(systems.items(), start=1):
+            print(f"held-out fifth: {name}, {len(settings)} setting(s), system {number} of {len(systems)}")
+            areas[name] = [area(curve(run, outcome_of(run, setting))) for setting in settings]
+            print(f"held-out fifth: {name}, " + ", ".join(f"{x:.2f} ({of})" for x, of in zip(areas[name], settings)))
+        return areas
 
-def areas_of(run, systems):
-    """{system: [area under its curve on the dev set of `run` with each of its settings]}"""
-    areas = {}
-    for number, (name, (outcome_of, settings)) in enumerate(systems.items(), start=1):
-        print(f"held-out fifth: {name}, {len(settings)} setting(s), system {number} of {len(systems)}")
-        areas[name] = [read_off(curve(run, outcome_of(run, setting)))[-1] for setting in settings]
-        print(f"held-out fifth: {name}, area " + ", ".join(f"{x:.2f} ({of})" for x, of in zip(areas[name], settings)))
-    return areas
+    areas = kept(run, {name: settings for name, (_, settings) in systems.items()}, areas_of)
+    return {name: settings[np.argmax(areas[name])] for name, (_, settings) in systems.items()}
 
 
 def measured(run, systems, chosen):
     """What there is to say of one seed's run.
 
-    {"rows": {row: [metric %, saved %]}, "curves": {system: points},
+    {"labels": of the dev set, "rows": {row: [metric %, saved %]}, "curves": {system: points},
     "by entropy": {system: points if its heads left by their entropy}}
     """
     rows, curves, by_their_entropy = {}, {}, {}
@@ -285,22 +303,23 @@ def measured(run, systems, chosen):
         print(f"{run.folder}: {name}, system {number} of {len(systems)}")
         outcome = outcome_of(run, chosen[name])
         curves[name] = curve(run, outcome)
-        by_their_entropy[name] = curve(run, by_entropy(run, outcome.logits))
+        by_their_entropy[name] = [found[:3] for found in curve(run, by_entropy(run, outcome.logits))]
         if name == "DeeBERT":
             rows |= {f"DeeBERT, S = {S:.2f}": point(run, *outcome.leave(S)) for S in (0.25, 0.5, 0.75)}
-    rows["base, stage 1 twice"] = whole(run, baselines.longer(run))
-    points, depths = [rows["base"]], [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
+    rows["base, stage 1 twice"] = whole(run, baselines.longer(run))[1::-1]
+    points, depths = [whole(run, run.stage1)], [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
     for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0, run.N}):
         print(f"{run.folder}: the first {k} of {run.N} blocks")
         points.append(whole(run, baselines.first_blocks(run, k), k))
-    curves[FIRST] = sorted([saved, metric, 0.0] for metric, saved in points)
-    return {"rows": rows, "curves": curves, "by entropy": by_their_entropy}
+    labels = run.dev.labels.tolist()
+    return {"labels": labels, "rows": rows, "curves": curves | {FIRST: sorted(points)}, "by entropy": by_their_entropy}
 
 
 def whole(run, model, k=None):
-    """`point` of a `BertClassifier` that runs k blocks, by default all, on every example."""
+    """The point of a curve of a `BertClassifier` that runs k blocks, by default all, on every example."""
     (labels,) = train.predict({"": lambda *inputs: [model(*inputs).argmax(1)]}, run.dev, run.args)[0][""]
-    return point(run, labels, torch.full_like(labels, k or run.N))
+    metric, saved = point(run, labels, torch.full_like(labels, k or run.N))
+    return [saved, metric, 0.0, labels.tolist()]
 
 
 def point(run, labels, exit_block):
@@ -311,53 +330,70 @@ def point(run, labels, exit_block):
 # ---- Tables over the seeds ------------------------------------------------------------------------------------------
 
 
-def markdown(run, chosen, form, results):
+def markdown(run, chosen, results):
     """The tables of a task and a model as Markdown. run: a `Run` of it."""
     task, model = run.args.task, Path(run.metrics["model"]).name
     metric, seeds = data.TASKS[task].metrics[0], len(results)
-    paper = "RoBERTa-base" if "roberta" in model.lower() else "BERT-base"
     lines = [f"**{task}, {model}**, {seeds} seed(s), {metric} in percent"]
-    lines += ["", f"| as trained | {metric} | blocks saved | the paper's {paper} |", "| --- | ---: | ---: | ---: |"]
+    lines += ["", f"| as trained | {metric} | blocks saved |", "| --- | ---: | ---: |"]
     for row in results[0]["rows"]:
-        both = [mean_and_deviation([result["rows"][row][i] for result in results]) for i in (0, 1)]
-        of_paper = dict(zip(PAPER_ROWS, PAPER[paper].get(task, ())))
-        theirs = "{}, {} % saved".format(*of_paper[row]) if row in of_paper else ""
-        lines.append(f"| {row} | {both[0]} | {both[1]} | {theirs} |")
-    columns = f"{' | '.join(DEPTHS)} | area"
-    lines += ["", f"| blocks saved | {columns} | chosen |", "| --- |" + " ---: |" * 5 + " --- |"]
+        cells = map(mean_and_deviation, zip(*(result["rows"][row] for result in results)))
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"| blocks saved | {' | '.join(DEPTHS)} | chosen: times the epochs |",
+        "| --- |" + " ---: |" * 4 + " --- |",
+    ]
     for name in results[0]["curves"]:
         cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name]) for result in results)))
-        lines.append(f"| {name} | {' | '.join(cells)} | {in_words(chosen.get(name), run.args.epochs)} |")
-    lines += ["", f"| difference | {columns} |", "| --- |" + " ---: |" * 5]
-    found = [differences(result, form) for result in results]
-    for what in found[0]:
-        if any(np.any(each[what]) for each in found):  # all 0 for what leaves by entropy itself
-            lines.append(f"| {what} | {' | '.join(map(interval, zip(*(each[what] for each in found))))} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {chosen.get(name, '')} |")
+    found, drawn = differences(results), resampled(results, task)
+    lines += ["", f"| difference, over the seeds | {' | '.join(DEPTHS)} |", "| --- |" + " ---: |" * 4]
+    lines += [f"| {what} | {' | '.join(map(interval, by_seed.T))} |" for what, by_seed in found.items()]
+    lines += ["", f"| the same, over the examples | {' | '.join(DEPTHS)} |", "| --- |" + " ---: |" * 4]
+    for what, by_draw in drawn.items():
+        cells = map(in_words, found[what].mean(0), *np.percentile(by_draw, [2.5, 97.5], axis=0))
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def differences(result, form):
-    """{what: by how much (5,) one curve of a seed is above another}"""
-    curves = {name: read_off(points) for name, points in result["curves"].items()}
-    found = {f"{form} less {name}": curves[form] - curves[name] for name in curves if name != form}
-    for name in result["by entropy"]:
-        found[f"{name}: its exits less chance's"] = read_off([(saved, won) for saved, _, won in result["curves"][name]])
-        found[f"{name}: its exits less entropy's"] = curves[name] - read_off(result["by entropy"][name])
-    return found
+def differences(results):
+    """{what: by how much one curve is above another (seeds, 4)}"""
+    found = {}
+    for result in results:
+        curves = {name: read_off(points) for name, points in result["curves"].items()}
+        of_seed = {f"{DACT} less {name}": curves[DACT] - curves[name] for name in curves if name != DACT}
+        for name, points in result["by entropy"].items():
+            of_seed[f"{name}: its exits less chance's"] = read_off(result["curves"][name], column=2)
+            if name in LEARNED:
+                of_seed[f"{name}: its exits less entropy's"] = curves[name] - read_off(points)
+        for what, values in of_seed.items():
+            found.setdefault(what, []).append(values)
+    return {what: np.stack(values) for what, values in found.items()}
 
 
-def in_words(setting, epochs):
-    """A setting of `SYSTEMS`, such as ("code", 2), for a run of so many epochs: "code, 6 epochs"."""
-    if setting is None:
-        return ""
-    which, factor = setting if isinstance(setting, tuple) else (None, setting)
-    return (f"{which}, " if which else "") + f"{factor * epochs:.3g} epochs"
+def resampled(results, task, draws=1000):
+    """{what: DACT above another curve, a mean over the seeds (draws, 4)} on dev sets drawn anew, with replacement."""
+    labels, metric = torch.tensor(results[0]["labels"]), data.METRICS[data.TASKS[task].metrics[0]]
+    rows = torch.randint(len(labels), (draws, len(labels)), generator=torch.Generator().manual_seed(0))
+
+    def scores(points, saved):
+        total = np.zeros(draws)
+        for weight, (*_, answers) in around(points, saved) or [(math.nan, points[0])]:
+            pairs = zip(torch.tensor(answers)[rows], labels[rows])
+            total += weight * np.array([metric(*pair) for pair in pairs])
+        return total
+
+    curves = {name: [result["curves"][name] for result in results] for name in results[0]["curves"]}
+    means = {name: np.mean([[scores(points, saved) for saved in DEPTHS.values()] for points in of_seeds], axis=0).T
+             for name, of_seeds in curves.items()}  # fmt: skip
+    return {f"{DACT} less {name}": means[DACT] - each for name, each in means.items() if name != DACT}
 
 
 def mean_and_deviation(values):
-    """ "88.2 ± 0.4"; the deviation is the sample's, and left out for a single value."""
+    """ "88.2 ± 0.4"; the deviation is the sample's, and left out for a single value. A dash in a gap."""
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
+    return "–" if np.isnan(values).any() else f"{np.mean(values):.1f}{deviation}"
 
 
 # The 97.5 % points of Student's t with 1 to 9 degrees of freedom
@@ -366,12 +402,17 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def interval(differences):
     """Paired differences over the seeds in words: "+1.2 (+0.4 to +2.0), ahead". The 95 % interval is Student's."""
-    mean = np.mean(differences)
-    if len(differences) == 1:
-        return f"{mean:+.1f}"
-    error = STUDENT[len(differences) - 2] * np.std(differences, ddof=1) / len(differences) ** 0.5
-    word = "ahead" if mean - error > 0 else "behind" if mean + error < 0 else "level"
-    return f"{mean:+.1f} ({mean - error:+.1f} to {mean + error:+.1f}), {word}"
+    mean, n = np.mean(differences), len(differences)
+    error = STUDENT[n - 2] * np.std(differences, ddof=1) / n**0.5 if n > 1 else math.inf
+    return in_words(mean, mean - error, mean + error)
+
+
+def in_words(mean, low, high):
+    """A mean and its 95 % interval. A dash in a gap; one seed has no interval."""
+    if np.isnan(mean):
+        return "–"
+    word = "ahead" if low > 0 else "behind" if high < 0 else "level"
+    return f"{mean:+.1f}" + (f" ({low:+.1f} to {high:+.1f}), {word}" if math.isfinite(low) else "")
 
 
 COLOURS = {"DACT, rule (4)": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",
@@ -379,20 +420,24 @@ COLOURS = {"DACT, rule (4)": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT":
 
 
 def draw(task, results):
-    """The mean curves over the seeds, and the operating points of DACT and of the base."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axis = figure.subplots()
+    """The curves: means over the seeds, with their deviation as a band."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis, rows = figure.subplots(), results[0]["rows"]
     for name in results[0]["curves"]:
-        means = np.mean([at(result["curves"][name], GRID) for result in results], axis=0)
-        line, width = ("-", 2) if name in OURS else ("--", 1.2)
-        axis.plot(GRID, means, line, color=COLOURS[name], linewidth=width, label=name)
-    for row, mark in (("base", "s"), ("DACT, rule (4)", "o")):
+        values = np.array([[at(result["curves"][name], saved) for saved in GRID] for result in results])
+        mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+        line, width = ("-", 2) if "DACT" in name else ("--", 1.2)
+        axis.plot(
+            GRID, mean, line, marker="." if name == FIRST else None, color=COLOURS[name], linewidth=width, label=name
+        )
+        axis.fill_between(GRID, mean - spread, mean + spread, color=COLOURS[name], alpha=0.12, linewidth=0)
+    for row, mark in (("base", "s"), (DACT, "o")):
         reached, saved = np.mean([result["rows"][row] for result in results], axis=0)
         axis.plot(saved, reached, mark, color=COLOURS.get(row, "k"), markersize=9, label=f"{row}, as trained")
-    axis.axhline(results[0]["rows"]["majority class"][0], color="grey", linestyle=":", label="majority class")
-    title = f"{task}, mean of {len(results)} seed(s)"
+    axis.axhline(rows["majority class"][0], color="grey", linestyle=":", label="majority class")
+    title = f"{task}, {len(results)} seed" + ("s" if len(results) > 1 else "")
     axis.set(xlabel="blocks saved (%)", ylabel=f"{data.TASKS[task].metrics[0]} (%)", title=title)
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 

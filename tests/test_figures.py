@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import baselines
+import choices
 import figure2
 import figure3
 import figure4
@@ -29,7 +30,9 @@ import data
 import train
 
 pytestmark = pytest.mark.usefixtures("few_sentences")
-SCRIPTS = {each.__name__: each for each in (figure2, figure3, figure4, figure5, generality, pruning, speed, submit)}
+SCRIPTS = {
+    each.__name__: each for each in (choices, figure2, figure3, figure4, figure5, generality, pruning, speed, submit)
+}
 
 
 def running_answers(model, dataset):
