@@ -32,14 +32,17 @@ def random_outputs(N, B, C, sharpness=2.0):
 # ---- Equations (1) and (2) ------------------------------------------------------------------------------------------
 
 
-def test_accumulator_by_hand():
-    y = torch.tensor([[[0.8, 0.2]], [[0.4, 0.6]], [[0.1, 0.9]]])
-    h = torch.tensor([[0.5], [0.4], [0.7]])
+def test_the_lesson_by_hand():
+    """The table of paper/LESSON.md, and the worst third block."""
+    y, h = torch.tensor([[[0.6, 0.4]], [[0.9, 0.1]], [[0.0, 1.0]]]), torch.tensor([[0.5], [0.1], [0.7]])
     a, p = dact.accumulate_all(y, h)
-    # p_0 = 1, p_1 = 0.5, p_2 = 0.5 * 0.4 = 0.2, p_3 = 0.2 * 0.7 = 0.14
-    torch.testing.assert_close(p[:, 0], torch.tensor([0.5, 0.2, 0.14]))
-    # a_1 = 1 * y_1;  a_2 = 0.5 * (0.4, 0.6) + 0.5 * (0.8, 0.2);  a_3 = 0.2 * (0.1, 0.9) + 0.8 * (0.6, 0.4)
-    torch.testing.assert_close(a[:, 0], torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.5, 0.5]]))
+    # p_0 = 1, p_1 = 0.5, p_2 = 0.5 * 0.1 = 0.05, p_3 = 0.05 * 0.7 = 0.035
+    torch.testing.assert_close(p[:, 0], torch.tensor([0.5, 0.05, 0.035]))
+    # a_1 = 1 * y_1;  a_2 = 0.5 * (0.9, 0.1) + 0.5 * (0.6, 0.4);  a_3 = 0.05 * (0, 1) + 0.95 * (0.75, 0.25)
+    torch.testing.assert_close(a[:, 0], torch.tensor([[0.6, 0.4], [0.75, 0.25], [0.7125, 0.2875]]))
+    # 0.6 * 0.5^2 and 0.4 + 0.5 * 2: go on;  0.75 * 0.95 and 0.25 + 0.05: stop
+    sides = [torch.cat(dact.paper_rule(a[n], p[n], 2 - n)).tolist() for n in (0, 1)]
+    assert sides == [pytest.approx([0.15, 1.4]), pytest.approx([0.7125, 0.3])]
 
 
 def test_docstring_examples():

@@ -51,15 +51,17 @@ def main(argv):
         raise data.InputError("all runs are made from the start, by (4); leave --stage1, --overwrite, --rule out")
     out = Path(own.out or f"runs/table1-{args.task}").expanduser()
     systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
+    name, splits = ("seed-0", None) if own.chosen else ("held-out", split_off_a_fifth(args))
+    first = opened(args, splits, out=out / name, seed=0)
+    stages = 13 * own.seeds + 12 * (not own.chosen)  # about so many times its stage 2, with all systems
+    hours = stages * first.metrics["seconds"]["stage2"] / 3600
+    print(f"about {hours:.1f} hours more, less what is finished; it can be interrupted")
     if own.chosen:
         with data.reading(own.chosen, "name the chosen.json of another table"):
             chosen = json.loads(Path(own.chosen).read_text())
             systems = {name: systems[name] for name in chosen if name in systems}
-        print(hours(opened(args, out=out / "seed-0", seed=0), systems, own.seeds, 0))
     else:
-        held_out = opened(args, split_off_a_fifth(args), out=out / "held-out", seed=0)
-        print(hours(held_out, systems, own.seeds, 1))
-        chosen = choose(held_out, systems)
+        chosen = choose(first, systems)
         train.write_whole(out / "chosen.json", json.dumps(chosen).encode())
     results = []
     for seed in range(own.seeds):
@@ -114,16 +116,6 @@ def split_off_a_fifth(args):
     random.Random(1234).shuffle(order)
     fifth = len(order) // 5
     return [baselines.part_of(whole, sorted(rows)) for rows in (order[fifth:], order[:fifth])]
-
-
-def hours(run, systems, seeds, held_out):
-    """About how long all will take, in words; counted in stages of training, 2 for all that learns on cached vectors."""
-    joint = [name for name in systems if name in JOINT]
-    choosing = 2 + sum(setting for name in joint for setting in SYSTEMS[name][1])
-    # A seed: both stages, halting and stage 1 twice, first k, and each joint system for once or twice the epochs
-    a_seed = 2 + 4 + sum(1 - depth / 100 for depth in DEPTHS.values()) + 1.5 * len(joint)
-    found = (held_out * choosing + seeds * a_seed) * run.metrics["seconds"]["stage2"] / 3600
-    return f"about {found:.1f} hours, less what is finished; it can be interrupted"
 
 
 # ---- Systems --------------------------------------------------------------------------------------------------------
@@ -214,7 +206,6 @@ SYSTEMS = {
     "DACT by entropy": (dact_by_entropy, WHOLE),
 }
 LEARNED = ("PABEE", "BERxiT", "PALBERT", DACT)  # that do not leave by entropy themselves
-JOINT = ("PABEE", "PALBERT", "DACT, rule (4)")  # that train a backbone
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ import figure4
 import figure5
 import generality
 import numpy as np
+import price
 import pruning
 import pytest
+import sentence
 import speed
 import submit
 import table1
@@ -30,9 +32,8 @@ import data
 import train
 
 pytestmark = pytest.mark.usefixtures("few_sentences")
-SCRIPTS = {
-    each.__name__: each for each in (choices, figure2, figure3, figure4, figure5, generality, pruning, speed, submit)
-}
+SCRIPTS = choices, figure2, figure3, figure4, figure5, generality, price, pruning, sentence, speed, submit
+SCRIPTS = {each.__name__: each for each in SCRIPTS}
 
 
 def running_answers(model, dataset):
@@ -178,7 +179,7 @@ def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
     folder = shutil.copytree(toy_run, tmp_path / "run")
     generality.main([str(folder)])
     assert "untied, from S = 0.5" in capsys.readouterr().out
-    for name in ("figure2", "figure5"):
+    for name in ("figure2", "figure5", "sentence"):
         SCRIPTS[name].main([str(folder), str(toy_run)])
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"saved      {folder / name}.png" in capsys.readouterr().out
@@ -195,6 +196,31 @@ def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
     (folder / "pruned.pt").replace(folder / "dact.pt")  # which train.py reads, too
     assert train.main(["--out", str(folder), "--explain", "the tea was not lovely"]) == 0
     assert "of 3: " in capsys.readouterr().out
+
+
+def test_where_a_sentence_stops_and_how_the_sides_meet(run):
+    scattered(run.dact)
+    for text in run.splits[1].texts[:10]:
+        halted = run.dact.early_exit(*run.saved.encode(text))
+        a, p, sides, stop = sentence.trace(run.saved._replace(model=run.dact), [text], dact.paper_rule)
+        assert stop == halted.exit_block.item() and torch.allclose(a[stop - 1], halted.a[0], atol=1e-6)
+        assert sides[0].tolist() == [side.item() for side in dact.paper_rule(a[:1], p[:1], 5)] and p.shape == (6,)
+
+
+def test_from_which_price_on_block_1_is_the_cheapest(run, capsys, monkeypatch):
+    """Losses of 0.7, 0.6 and 0.1: block 2 earns 0.1 for its price, blocks 2 and 3 together 0.6 for two prices."""
+    early = run.metrics["dact"]
+    y = torch.tensor([0.7, 0.6, 0.1]).neg().exp()[:, None, None].expand(3, len(run.train_set), 2)
+    monkeypatch.setattr(baselines, "answers", lambda *_: (y, None))
+    assert price.best_guess(run) == pytest.approx(0.3)
+    monkeypatch.setattr(price, "TAUS", (0.05, 5.0))
+    monkeypatch.setattr(
+        table1, "opened", lambda *_, tau, **__: run._replace(metrics=run.metrics | {"dact": {**early, "saved": tau}})
+    )
+    price.main([str(run.folder)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["0.05", "5"] and [row[2] for row in rows] == [f"{early['saved']:.1f}%", "5.0%"]
+    assert (run.folder / "price.png").stat().st_size
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,0 +1,76 @@
+"""What the price τ of a block does: stage 2 at eight prices from one stage 1.
+
+    python paper/price.py            the toy task, about ten minutes; leaves runs/toy/price.png
+
+Each run is kept in the folder of the first one. Its accuracy and the blocks saved are drawn against τ, and where the
+groups of the dev set leave, such as the toy's levels.
+
+An example that leaves at block k pays about τ (k - 1) more than one that leaves at block 1. If block k answers with a
+loss of L_k by itself, going there is worth it while τ (k - 1) < L_1 - L_k. So from τ = max of (L_1 - L_k) / (k - 1) on,
+block 1 is the cheapest place to leave: the line in the picture, by the answers and the training set of the first price.
+"""
+
+from pathlib import Path
+
+import baselines
+import table1
+from matplotlib.figure import Figure
+
+import dact
+import data
+import train
+
+TAUS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.4)  # nats a block
+STYLES = ("o-", "s--", "^:", "d-.")
+
+
+def main(argv):
+    args = baselines.arguments(__doc__).parse_args(argv)
+    run = baselines.open_run(args.runs[0], args.data)
+    metric = data.TASKS[run.args.task].metrics[0]
+    found = {tau: at_price(run, tau) for tau in TAUS}
+    limit = best_guess(found[TAUS[0]])
+    print(f"\n{'tau':>6}{metric:>10}{'saved':>8}   mean exits of " + ", ".join(found[TAUS[0]].metrics["groups"]))
+    for tau, each in found.items():
+        groups = " ".join(f"{group['mean_blocks']:.2f}" for group in each.metrics["groups"].values())
+        print(f"{tau:>6g}{each.metrics['dact'][metric]:>9.1f}%{each.metrics['dact']['saved']:>7.1f}%   {groups}")
+    print(f"from tau = {limit:.3f} on, leaving after block 1 is the cheapest")
+    metrics = {tau: each.metrics for tau, each in found.items()}
+    baselines.save_figure(draw(metrics, metric, limit, run.N), Path(args.runs[0]) / "price.png")
+
+
+def at_price(run, tau):
+    """The run, or one of its stage 1 at another price, made first if it is not finished."""
+    if tau == run.args.tau:
+        return run
+    stage1 = str(run.folder / "stage1.pt")
+    return table1.opened(run.args, run.splits, out=run.trained / f"price-{tau:g}", tau=tau, stage1=stage1)
+
+
+def best_guess(run):
+    """The price from which block 1 is the cheapest place to leave, in nats."""
+    y, _ = baselines.answers(run.dact, run.train_set, run.args)
+    losses = [dact.answer_loss(y_n, run.train_set.labels).item() for y_n in y]
+    return max((losses[0] - loss) / n for n, loss in enumerate(losses[1:], start=1))
+
+
+def draw(metrics, metric, limit, N):
+    """metrics: {tau: metrics.json of a run}."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for style, (name, key) in zip(STYLES, ((metric, metric), ("blocks saved", "saved"))):
+        left.plot(list(metrics), [each["dact"][key] for each in metrics.values()], style, label=f"{name} (%)")
+    for style, group in zip(STYLES, next(iter(metrics.values()))["groups"]):
+        exits = [each["groups"][group]["mean_blocks"] for each in metrics.values()]
+        right.plot(list(metrics), exits, style, label=group)
+    left.set_ylabel("%")
+    right.set(ylabel="mean exit", ylim=(0.9, N))
+    for axis in (left, right):
+        axis.axvline(limit, color="0.5", linestyle=":", label="from here on block 1 is the cheapest")
+        axis.set(xscale="log", xlabel="τ, the price of a block (nats)")
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    raise SystemExit(train.command(main))

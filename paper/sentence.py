@@ -1,0 +1,76 @@
+"""A sentence on its way through the blocks: its answer, the weight that is left, and the two sides of (4).
+
+    python paper/sentence.py runs/toy --text "the tea was not lovely" --text "..."      leaves runs/toy/sentence.png
+
+Above, the bars are the running answer a_n, the line is p_n, the weight that is left to later blocks. Below, both sides
+of the rule: what the winner keeps at least, and what the runner-up reaches at most. Early exit stops at the first block
+where the first is not below the second; the blocks after it are paler, for it does not run them.
+"""
+
+from pathlib import Path
+
+import baselines
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import dact
+import data
+import train
+
+COLOURS = ("#56B4E9", "#E69F00", "#009E73")  # of the classes
+LEVELS = ["the garden was not bitter", "the service was perfect but the view was bitter , the former counts"]
+
+
+def main(argv):
+    flag = {"nargs": "+", "action": "append", "help": "a sentence, or the two of a pair; may be given several times"}
+    args = baselines.arguments(__doc__, ("--text", flag)).parse_args(argv)
+    _, of_run = baselines.read_metrics(args.runs[0])
+    saved = train.load_run(of_run.out / "dact.pt", 2, of_run.task)
+    texts = args.text or [[text] for text in LEVELS]
+    figure = Figure(figsize=(5.2 * len(texts), 5), layout="constrained")
+    columns = figure.subplots(2, len(texts), sharex=True, sharey="row", squeeze=False).T
+    for axes, text in zip(columns, texts):
+        draw(axes, text, data.TASKS[saved.task].labels, *trace(saved, text, dact.RULES[of_run.rule]))
+    columns[0][0].set_ylabel("a_n, p_n")
+    columns[0][1].set_ylabel(f"sides of {train.RULE_NAMES[of_run.rule]}")
+    baselines.save_figure(figure, Path(args.runs[0]) / "sentence.png")
+
+
+@torch.no_grad()
+def trace(saved, text, rule):
+    """What every block makes of a text: a (N, C), p (N,), both sides of the rule (N, 2), and the block that stops."""
+    y, h = saved.model(*saved.encode(text if len(text) == 1 else [tuple(text)]))
+    a, p = dact.accumulate_all(y, h)
+    sides = torch.stack([torch.cat(rule(a_n, p_n, len(a) - n)) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)])
+    stop = 1 + (sides[:, 0] >= sides[:, 1]).int().argmax().item()
+    return a[:, 0], p[:, 0], sides, stop
+
+
+def draw(axes, text, labels, a, p, sides, stop):
+    """A column of the figure."""
+    blocks, run, bottom = np.arange(1, len(a) + 1), np.arange(len(a)) < stop, np.zeros(len(a))
+    for label, column, colour in zip(labels, a.numpy().T, COLOURS):
+        for some, alpha in ((run, 0.9), (~run, 0.25)):
+            name = label if alpha > 0.5 else None
+            axes[0].bar(blocks[some], column[some], 0.7, bottom[some], color=colour, alpha=alpha, label=name)
+        bottom = bottom + column
+    sides = sides.clamp(max=1.5).numpy()  # early on, the right side is as large as the number of blocks to come
+    for axis, line, style, name in (
+        (axes[0], p.numpy(), "ko-", "p_n"),
+        (axes[1], sides[:, 0], "bo-", "the winner keeps at least"),
+        (axes[1], sides[:, 1], "rs--", "the runner-up reaches at most"),
+    ):
+        axis.plot(blocks[:stop], line[:stop], style, markersize=4, label=name)
+        axis.plot(blocks[stop - 1 :], line[stop - 1 :], style, markersize=4, alpha=0.25)
+    for axis in axes:
+        axis.axvline(stop, color="0.5", linewidth=0.8, linestyle=":")
+    answer = labels[a[stop - 1].argmax()]
+    axes[0].set_title("\n".join(text) + f"\nstops after block {stop} of {len(a)}: {answer}", fontsize=9)
+    axes[1].set(xlabel="block n", ylim=(-0.05, 1.55))
+    axes[0].legend(fontsize=8, loc="lower right")
+    axes[1].legend(fontsize=8, loc="center right")
+
+
+if __name__ == "__main__":
+    raise SystemExit(train.command(main))
