@@ -29,7 +29,7 @@ def accumulate(y_n, h_n, a=None, p=None):
     y_n      y_n   (B, C)  answer of block n: class probabilities, a softmax
     h_n      h_n   (B,)    halting value of block n in (0, 1), also called its confidence; yet 1 goes on, 0 stops
     a_{n-1}  a     (B, C)  the answer accumulated so far, left out at n = 1; comes back as a_n
-    p_{n-1}  p     (B,)    the weight left to block n, left out at n = 1; comes back as p_n, left to the blocks after n
+    p_{n-1}  p     (B,)    the weight of block n, left out at n = 1; comes back as p_n, the weight of block n + 1
 
     >>> y_1, y_2 = torch.tensor([[0.8, 0.2]]), torch.tensor([[0.4, 0.6]])
     >>> a, p = accumulate(y_1, torch.tensor([0.5]))   # a_1 = y_1, p_1 = 0.5
@@ -85,7 +85,7 @@ def paper_rule(a, p, d):
     paper        here       shape      meaning
     Pr(c*, n)    top        (B,)       probability of the winner in a_n
     Pr(c_ru, n)  runner_up  (B,)       probability of the second in a_n
-    p_n, d       p, d       (B,), int  weight left to later blocks; how many they are, N - n
+    p_n, d       p, d       (B,), int  the most that a later block can take; how many blocks are later, N - n
 
     Why it is safe. Each of the d later blocks replaces at most a share p_n of the answer (p never rises). At worst all
     of it is taken from the winner, each time: what stays is at least Pr(c*) (1 - p_n)^d, a power. At best for the

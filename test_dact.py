@@ -34,15 +34,15 @@ def random_outputs(N, B, C, sharpness=2.0):
 
 def test_the_lesson_by_hand():
     """The table of paper/LESSON.md, and the worst third block."""
-    y, h = torch.tensor([[[0.6, 0.4]], [[0.9, 0.1]], [[0.0, 1.0]]]), torch.tensor([[0.5], [0.1], [0.7]])
+    y, h = torch.tensor([[[0.6, 0.4]], [[0.9, 0.1]], [[0.0, 1.0]]]), torch.tensor([[0.6], [0.1], [0.7]])
     a, p = dact.accumulate_all(y, h)
-    # p_0 = 1, p_1 = 0.5, p_2 = 0.5 * 0.1 = 0.05, p_3 = 0.05 * 0.7 = 0.035
-    torch.testing.assert_close(p[:, 0], torch.tensor([0.5, 0.05, 0.035]))
-    # a_1 = 1 * y_1;  a_2 = 0.5 * (0.9, 0.1) + 0.5 * (0.6, 0.4);  a_3 = 0.05 * (0, 1) + 0.95 * (0.75, 0.25)
-    torch.testing.assert_close(a[:, 0], torch.tensor([[0.6, 0.4], [0.75, 0.25], [0.7125, 0.2875]]))
-    # 0.6 * 0.5^2 and 0.4 + 0.5 * 2: go on;  0.75 * 0.95 and 0.25 + 0.05: stop
+    # p_0 = 1, p_1 = 0.6, p_2 = 0.6 * 0.1 = 0.06, p_3 = 0.06 * 0.7 = 0.042
+    torch.testing.assert_close(p[:, 0], torch.tensor([0.6, 0.06, 0.042]))
+    # a_1 = 1 * y_1;  a_2 = 0.6 * (0.9, 0.1) + 0.4 * (0.6, 0.4);  a_3 = 0.06 * (0, 1) + 0.94 * (0.78, 0.22)
+    torch.testing.assert_close(a[:, 0], torch.tensor([[0.6, 0.4], [0.78, 0.22], [0.7332, 0.2668]]))
+    # 0.6 * 0.4^2 and 0.4 + 0.6 * 2: go on;  0.78 * 0.94 and 0.22 + 0.06: stop
     sides = [torch.cat(dact.paper_rule(a[n], p[n], 2 - n)).tolist() for n in (0, 1)]
-    assert sides == [pytest.approx([0.15, 1.4]), pytest.approx([0.7125, 0.3])]
+    assert sides == [pytest.approx([0.096, 1.6]), pytest.approx([0.7332, 0.28])]
 
 
 def test_docstring_examples():

@@ -2,12 +2,13 @@
 
     python paper/price.py            the toy task, about ten minutes; leaves runs/toy/price.png
 
-Each run is kept in the folder of the first one. Its accuracy and the blocks saved are drawn against τ, and where the
+Each run is kept in the folder of the given one. Its accuracy and the blocks saved are drawn against τ, and where the
 groups of the dev set leave, such as the toy's levels.
 
-An example that leaves at block k pays about τ (k - 1) more than one that leaves at block 1. If block k answers with a
-loss of L_k by itself, going there is worth it while τ (k - 1) < L_1 - L_k. So from τ = max of (L_1 - L_k) / (k - 1) on,
-block 1 is the cheapest place to leave: the line in the picture, by the answers and the training set of the first price.
+With gates near 0 or 1 an example that leaves at block k pays about τ (k - 1) more than one that leaves at block 1. Let
+L_k be the mean loss of y_k. Below τ = max of (L_1 - L_k) / (k - 1), the line in the picture, it is cheaper to send all
+to some later block than to stop all at block 1. Above it no block is worth its price to all alike; halting may still
+send on the examples that gain more than the mean. By the answers at τ = 0.005, on the training set.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def main(argv):
     for tau, each in found.items():
         groups = " ".join(f"{group['mean_blocks']:.2f}" for group in each.metrics["groups"].values())
         print(f"{tau:>6g}{each.metrics['dact'][metric]:>9.1f}%{each.metrics['dact']['saved']:>7.1f}%   {groups}")
-    print(f"from tau = {limit:.3f} on, leaving after block 1 is the cheapest")
+    print(f"from tau = {limit:.3f} on, no later block is worth its price to all examples alike")
     metrics = {tau: each.metrics for tau, each in found.items()}
     baselines.save_figure(draw(metrics, metric, limit, run.N), Path(args.runs[0]) / "price.png")
 
@@ -66,7 +67,7 @@ def draw(metrics, metric, limit, N):
     left.set_ylabel("%")
     right.set(ylabel="mean exit", ylim=(0.9, N))
     for axis in (left, right):
-        axis.axvline(limit, color="0.5", linestyle=":", label="from here on block 1 is the cheapest")
+        axis.axvline(limit, color="0.5", linestyle=":", label="from here on no later block pays for all")
         axis.set(xscale="log", xlabel="τ, the price of a block (nats)")
         axis.legend(fontsize=8, frameon=False)
     return figure

@@ -1,10 +1,11 @@
-"""A sentence on its way through the blocks: its answer, the weight that is left, and the two sides of (4).
+"""A sentence on its way through the blocks: its answer, the weight of the next block, and the two sides of (4).
 
     python paper/sentence.py runs/toy --text "the tea was not lovely" --text "..."      leaves runs/toy/sentence.png
 
-Above, the bars are the running answer a_n, the line is p_n, the weight that is left to later blocks. Below, both sides
-of the rule: what the winner keeps at least, and what the runner-up reaches at most. Early exit stops at the first block
-where the first is not below the second; the blocks after it are paler, for it does not run them.
+Above, the bars are the running answer a_n, the line is p_n, the weight of the next block and the most that a later one
+can take. Below, both sides of the rule, cut off at 1.5: what the winner keeps at least, and what the runner-up reaches
+at most (by the exact rule: what the winner's lead keeps at least, and what it loses at most). Early exit stops at the
+first block where the first is not below the second; blocks that it would not run are paler.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ import data
 import train
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73")  # of the classes
+SIDES = {"paper": ("the winner keeps", "the runner-up reaches"), "exact": ("its lead keeps", "its lead loses")}
 LEVELS = ["the garden was not bitter", "the service was perfect but the view was bitter , the former counts"]
 
 
@@ -31,7 +33,7 @@ def main(argv):
     figure = Figure(figsize=(5.2 * len(texts), 5), layout="constrained")
     columns = figure.subplots(2, len(texts), sharex=True, sharey="row", squeeze=False).T
     for axes, text in zip(columns, texts):
-        draw(axes, text, data.TASKS[saved.task].labels, *trace(saved, text, dact.RULES[of_run.rule]))
+        draw(axes, text, data.TASKS[saved.task].labels, of_run.rule, *trace(saved, text, dact.RULES[of_run.rule]))
     columns[0][0].set_ylabel("a_n, p_n")
     columns[0][1].set_ylabel(f"sides of {train.RULE_NAMES[of_run.rule]}")
     baselines.save_figure(figure, Path(args.runs[0]) / "sentence.png")
@@ -47,7 +49,7 @@ def trace(saved, text, rule):
     return a[:, 0], p[:, 0], sides, stop
 
 
-def draw(axes, text, labels, a, p, sides, stop):
+def draw(axes, text, labels, rule, a, p, sides, stop):
     """A column of the figure."""
     blocks, run, bottom = np.arange(1, len(a) + 1), np.arange(len(a)) < stop, np.zeros(len(a))
     for label, column, colour in zip(labels, a.numpy().T, COLOURS):
@@ -55,11 +57,12 @@ def draw(axes, text, labels, a, p, sides, stop):
             name = label if alpha > 0.5 else None
             axes[0].bar(blocks[some], column[some], 0.7, bottom[some], color=colour, alpha=alpha, label=name)
         bottom = bottom + column
+    keeps, loses = SIDES[rule]
     sides = sides.clamp(max=1.5).numpy()  # early on, the right side is as large as the number of blocks to come
     for axis, line, style, name in (
         (axes[0], p.numpy(), "ko-", "p_n"),
-        (axes[1], sides[:, 0], "bo-", "the winner keeps at least"),
-        (axes[1], sides[:, 1], "rs--", "the runner-up reaches at most"),
+        (axes[1], sides[:, 0], "bo-", f"{keeps} at least"),
+        (axes[1], sides[:, 1], "rs--", f"{loses} at most"),
     ):
         axis.plot(blocks[:stop], line[:stop], style, markersize=4, label=name)
         axis.plot(blocks[stop - 1 :], line[stop - 1 :], style, markersize=4, alpha=0.25)
