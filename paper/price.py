@@ -21,7 +21,7 @@ import dact
 import data
 import train
 
-TAUS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.4)  # nats a block
+TAUS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # nats a block
 STYLES = ("o-", "s--", "^:", "d-.")
 
 
@@ -37,7 +37,7 @@ def main(argv):
         print(f"{tau:>6g}{each.metrics['dact'][metric]:>9.1f}%{each.metrics['dact']['saved']:>7.1f}%   {groups}")
     print(f"from tau = {limit:.3f} on, no later block is worth its price to all examples alike")
     metrics = {tau: each.metrics for tau, each in found.items()}
-    baselines.save_figure(draw(metrics, metric, limit, run.N), Path(args.runs[0]) / "price.png")
+    baselines.save_figure(draw(metrics, metric, limit), Path(args.runs[0]) / "price.png")
 
 
 def at_price(run, tau):
@@ -55,7 +55,7 @@ def best_guess(run):
     return max((losses[0] - loss) / n for n, loss in enumerate(losses[1:], start=1))
 
 
-def draw(metrics, metric, limit, N):
+def draw(metrics, metric, limit):
     """metrics: {tau: metrics.json of a run}."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -65,11 +65,12 @@ def draw(metrics, metric, limit, N):
         exits = [each["groups"][group]["mean_blocks"] for each in metrics.values()]
         right.plot(list(metrics), exits, style, label=group)
     left.set_ylabel("%")
-    right.set(ylabel="mean exit", ylim=(0.9, N))
-    for axis in (left, right):
-        axis.axvline(limit, color="0.5", linestyle=":", label="from here on no later block pays for all")
+    right.set(ylabel="mean exit")
+    for axis, place in ((left, "center left"), (right, "lower left")):
+        name = "from here on no later block pays for all" if axis is left else None
+        axis.axvline(limit, color="0.5", linestyle=":", label=name)
         axis.set(xscale="log", xlabel="τ, the price of a block (nats)")
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc=place)
     return figure
 
 
