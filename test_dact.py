@@ -33,14 +33,11 @@ def random_outputs(N, B, C, sharpness=2.0):
 
 
 def test_the_lesson_by_hand():
-    """The table of paper/LESSON.md, and the worst third block."""
+    """The table of paper/LESSON.md, where each step is written out, and the worst third block."""
     y, h = torch.tensor([[[0.6, 0.4]], [[0.9, 0.1]], [[0.0, 1.0]]]), torch.tensor([[0.6], [0.1], [0.7]])
     a, p = dact.accumulate_all(y, h)
-    # p_0 = 1, p_1 = 0.6, p_2 = 0.6 * 0.1 = 0.06, p_3 = 0.06 * 0.7 = 0.042
     torch.testing.assert_close(p[:, 0], torch.tensor([0.6, 0.06, 0.042]))
-    # a_1 = 1 * y_1;  a_2 = 0.6 * (0.9, 0.1) + 0.4 * (0.6, 0.4);  a_3 = 0.06 * (0, 1) + 0.94 * (0.78, 0.22)
     torch.testing.assert_close(a[:, 0], torch.tensor([[0.6, 0.4], [0.78, 0.22], [0.7332, 0.2668]]))
-    # 0.6 * 0.4^2 and 0.4 + 0.6 * 2: go on;  0.78 * 0.94 and 0.22 + 0.06: stop
     sides = [torch.cat(dact.paper_rule(a[n], p[n], 2 - n)).tolist() for n in (0, 1)]
     assert sides == [pytest.approx([0.096, 1.6]), pytest.approx([0.7332, 0.28])]
 
