@@ -31,10 +31,10 @@ def main(argv):
     metric = data.TASKS[run.args.task].metrics[0]
     found = {tau: at_price(run, tau) for tau in TAUS}
     limit = best_guess(found[TAUS[0]])
-    print(f"\n{'tau':>6}{metric:>10}{'saved':>8}   mean exits of " + ", ".join(found[TAUS[0]].metrics["groups"]))
+    print(f"\n{'tau':>6}{metric:>10}{'saved':>8}   mean exits of " + ", ".join(groups(found[TAUS[0]].metrics)))
     for tau, each in found.items():
-        groups = " ".join(f"{group['mean_blocks']:.2f}" for group in each.metrics["groups"].values())
-        print(f"{tau:>6g}{each.metrics['dact'][metric]:>9.1f}%{each.metrics['dact']['saved']:>7.1f}%   {groups}")
+        exits = " ".join(f"{group['mean_blocks']:.2f}" for group in groups(each.metrics).values())
+        print(f"{tau:>6g}{each.metrics['dact'][metric]:>9.1f}%{each.metrics['dact']['saved']:>7.1f}%   {exits}")
     print(f"from tau = {limit:.3f} on, no later block is worth its price to all examples alike")
     metrics = {tau: each.metrics for tau, each in found.items()}
     baselines.save_figure(draw(metrics, metric, limit), Path(args.runs[0]) / "price.png")
@@ -46,6 +46,11 @@ def at_price(run, tau):
         return run
     stage1 = str(run.folder / "stage1.pt")
     return table1.opened(run.args, run.splits, out=run.trained / f"price-{tau:g}", tau=tau, stage1=stage1)
+
+
+def groups(metrics):
+    """The groups of the dev set in a metrics.json, or all of it as one."""
+    return metrics["groups"] or {"all": metrics["dact"]}
 
 
 def best_guess(run):
@@ -61,8 +66,8 @@ def draw(metrics, metric, limit):
     left, right = figure.subplots(1, 2)
     for style, (name, key) in zip(STYLES, ((metric, metric), ("blocks saved", "saved"))):
         left.plot(list(metrics), [each["dact"][key] for each in metrics.values()], style, label=f"{name} (%)")
-    for style, group in zip(STYLES, next(iter(metrics.values()))["groups"]):
-        exits = [each["groups"][group]["mean_blocks"] for each in metrics.values()]
+    for style, group in zip(STYLES, groups(next(iter(metrics.values())))):
+        exits = [groups(each)[group]["mean_blocks"] for each in metrics.values()]
         right.plot(list(metrics), exits, style, label=group)
     left.set_ylabel("%")
     right.set(ylabel="mean exit")
