@@ -30,7 +30,7 @@ def main(argv):
     run = baselines.open_run(args.runs[0], args.data)
     metric = data.TASKS[run.args.task].metrics[0]
     found = {tau: at_price(run, tau) for tau in TAUS}
-    limit = best_guess(found[TAUS[0]])
+    limit = limit_of(found[TAUS[0]])
     print(f"\n{'tau':>6}{metric:>10}{'saved':>8}   mean exits of " + ", ".join(groups(found[TAUS[0]].metrics)))
     for tau, each in found.items():
         exits = " ".join(f"{group['mean_blocks']:.2f}" for group in groups(each.metrics).values())
@@ -53,8 +53,8 @@ def groups(metrics):
     return metrics["groups"] or {"all": metrics["dact"]}
 
 
-def best_guess(run):
-    """The price from which block 1 is the cheapest place to leave, in nats."""
+def limit_of(run):
+    """The price in nats from which no later block is worth it to all examples alike: the line in the picture."""
     y, _ = baselines.answers(run.dact, run.train_set, run.args)
     losses = [dact.answer_loss(y_n, run.train_set.labels).item() for y_n in y]
     return max((losses[0] - loss) / n for n, loss in enumerate(losses[1:], start=1))

@@ -207,12 +207,12 @@ def test_where_a_sentence_stops_and_how_the_sides_meet(run):
         assert sides[0].tolist() == [side.item() for side in dact.paper_rule(a[:1], p[:1], 5)] and p.shape == (6,)
 
 
-def test_from_which_price_on_block_1_is_the_cheapest(run, capsys, monkeypatch):
+def test_from_which_price_on_no_block_is_worth_it_to_all(run, capsys, monkeypatch):
     """Losses of 0.7, 0.6 and 0.1: block 2 earns 0.1 for its price, blocks 2 and 3 together 0.6 for two prices."""
     early = run.metrics["dact"]
     y = torch.tensor([0.7, 0.6, 0.1]).neg().exp()[:, None, None].expand(3, len(run.train_set), 2)
     monkeypatch.setattr(baselines, "answers", lambda *_: (y, None))
-    assert price.best_guess(run) == pytest.approx(0.3)
+    assert price.limit_of(run) == pytest.approx(0.3)
     monkeypatch.setattr(price, "TAUS", (0.05, 5.0))
     monkeypatch.setattr(
         table1, "opened", lambda *_, tau, **__: run._replace(metrics=run.metrics | {"dact": {**early, "saved": tau}})
