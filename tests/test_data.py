@@ -263,7 +263,7 @@ MRPC_HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
 
 def test_mrpc_split_mark_and_quotes(server, tmp_path, monkeypatch):
     """Of files that are there, or are downloaded one by one."""
-    rows = ['1\t10\t11\t"Open quote\tB\x85b\r\n', "0\t12\t13\tC\tD\u2028d\r\n", '1\t11\t10\tE"\tF\r\n', "\r\n"]
+    rows = ['1\t10\t11\t"Open quote\tB\x85b\r\n', "0\t12\t13\tC\tD\u2028d\r\n", '1\t11\t10\tE"\tF \r\n', "\r\n"]
     train, test = (MRPC_HEADER + "".join(rows[::step]) for step in (1, -1))
     ids = tmp_path / "MRPC" / "mrpc_dev_ids.tsv"
     ids.parent.mkdir()
@@ -273,10 +273,10 @@ def test_mrpc_split_mark_and_quotes(server, tmp_path, monkeypatch):
         (ids.parent / name).write_bytes(text.encode())
     for folder in (tmp_path, tmp_path / "new"):
         train, dev = data.load_task("mrpc", folder)
-        assert train.texts == [('"Open quote', "B\x85b"), ('E"', "F")] and train.labels == [1, 1]
+        assert train.texts == [('"Open quote', "B\x85b"), ('E"', "F ")] and train.labels == [1, 1]
         assert dev.texts == [("C", "D\u2028d")] and dev.labels == [0]
         test = data.load_test("mrpc", folder)  # of Microsoft's own file, GLUE counts the rows
-        assert test.texts == [('E"', "F"), *dev.texts, train.texts[0]] and test.index == ["0", "1", "2"]
+        assert test.texts == [('E"', "F "), *dev.texts, train.texts[0]] and test.index == ["0", "1", "2"]
     assert len(server.seen) == 3
     for broken in ("7\t8\n", "12\t13\n11\t12\n", ""):  # one row unknown; all; none
         ids.write_text(broken)
