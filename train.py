@@ -91,7 +91,7 @@ def run(args, splits=None):
     without_dropout(adaptive.backbone)
     loss = partial(stage2_loss, tau=args.tau, head_loss=args.head_loss)
     seconds["stage2"] = fit("stage 2", adaptive.train(), loss, train_set, args, log)
-    adaptive.requires_grad_(False)
+    adaptive.backbone.requires_grad_(False)
     only_halting_learns(adaptive.heads)
     loss, epochs = partial(stage2_loss, tau=args.tau), HALTING_EPOCHS * args.epochs
     seconds["halting"] = fit("halting", adaptive.eval(), loss, train_set, args, log, epochs)

@@ -180,8 +180,13 @@ def leave(answers, halt):
 def leave_by_rule(y, h, rule=dact.paper_rule):
     """(labels, exits (n,)) of DACT's early exit, from what its heads say: y (N, n, C), h (N, n)."""
     a, p = dact.accumulate_all(y, h)
-    sides = [rule(a_n, p_n, len(a) - n) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)]
-    return leave(a, torch.stack([left >= right for left, right in sides]))
+    return leave(a, torch.ge(*sides(a, p, rule)))
+
+
+def sides(a, p, rule):
+    """Both sides of a rule after every block, (left, right), each (N, n); a (N, n, C) and p (N, n) are all a_n and p_n."""
+    each = [rule(a_n, p_n, len(a) - n) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)]
+    return tuple(torch.stack(column) for column in zip(*each))
 
 
 def entropy(logits):

@@ -62,11 +62,10 @@ def main(argv):
 
 def changed(run, row, settings, replaced):
     """The metrics of the run's stage 2 with other settings, and other functions in the place of some."""
-    out, stage1 = run.trained / re.sub(r"\W+", "-", row), str(run.folder / "stage1.pt")
     with ExitStack() as stack:
         for target, attribute, new in replaced:
             stack.enter_context(patch.object(target, attribute, new))
-        return table1.opened(run.args, run.splits, out=out, stage1=stage1, **settings).metrics
+        return table1.another_stage2(run, re.sub(r"\W+", "-", row), **settings).metrics
 
 
 if __name__ == "__main__":

@@ -29,23 +29,18 @@ def main(argv):
     args = baselines.arguments(__doc__).parse_args(argv)
     run = baselines.open_run(args.runs[0], args.data)
     metric = data.TASKS[run.args.task].metrics[0]
-    found = {tau: at_price(run, tau) for tau in TAUS}
-    limit = limit_of(found[TAUS[0]])
-    print(f"\n{'tau':>6}{metric:>10}{'saved':>8}   mean exits of " + ", ".join(groups(found[TAUS[0]].metrics)))
-    for tau, each in found.items():
-        exits = " ".join(f"{group['mean_blocks']:.2f}" for group in groups(each.metrics).values())
-        print(f"{tau:>6g}{each.metrics['dact'][metric]:>9.1f}%{each.metrics['dact']['saved']:>7.1f}%   {exits}")
+    metrics, limit = {tau: at_price(run, tau).metrics for tau in TAUS}, limit_of(at_price(run, TAUS[0]))
+    print(f"\n{'tau':>6}{metric:>10}{'saved':>8}   mean exits of " + ", ".join(groups(metrics[TAUS[0]])))
+    for tau, each in metrics.items():
+        exits = " ".join(f"{group['mean_blocks']:.2f}" for group in groups(each).values())
+        print(f"{tau:>6g}{each['dact'][metric]:>9.1f}%{each['dact']['saved']:>7.1f}%   {exits}")
     print(f"from tau = {limit:.3f} on, no later block is worth its price to all examples alike")
-    metrics = {tau: each.metrics for tau, each in found.items()}
     baselines.save_figure(draw(metrics, metric, limit), Path(args.runs[0]) / "price.png")
 
 
 def at_price(run, tau):
     """The run, or one of its stage 1 at another price, made first if it is not finished."""
-    if tau == run.args.tau:
-        return run
-    stage1 = str(run.folder / "stage1.pt")
-    return table1.opened(run.args, run.splits, out=run.trained / f"price-{tau:g}", tau=tau, stage1=stage1)
+    return run if tau == run.args.tau else table1.another_stage2(run, f"price-{tau:g}", tau=tau)
 
 
 def groups(metrics):

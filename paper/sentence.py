@@ -44,9 +44,9 @@ def trace(saved, text, rule):
     """What every block makes of a text: a (N, C), p (N,), both sides of the rule (N, 2), and the block that stops."""
     y, h = saved.model(*saved.encode(text if len(text) == 1 else [tuple(text)]))
     a, p = dact.accumulate_all(y, h)
-    sides = torch.stack([torch.cat(rule(a_n, p_n, len(a) - n)) for n, (a_n, p_n) in enumerate(zip(a, p), start=1)])
-    stop = 1 + (sides[:, 0] >= sides[:, 1]).int().argmax().item()
-    return a[:, 0], p[:, 0], sides, stop
+    left, right = baselines.sides(a, p, rule)
+    _, stop = baselines.leave(a, left >= right)
+    return a[:, 0], p[:, 0], torch.cat([left, right], 1), stop.item()
 
 
 def draw(axes, text, labels, rule, a, p, sides, stop):

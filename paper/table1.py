@@ -51,16 +51,16 @@ def main(argv):
         raise data.InputError("all runs are made from the start, by (4); leave --stage1, --overwrite, --rule out")
     out = Path(own.out or f"runs/table1-{args.task}").expanduser()
     systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
+    if own.chosen:
+        with data.reading(own.chosen, "name the chosen.json of another table"):
+            chosen = json.loads(Path(own.chosen).read_text())
+            systems = {name: systems[name] for name in chosen if name in systems}
     name, splits = ("seed-0", None) if own.chosen else ("held-out", split_off_a_fifth(args))
     first = opened(args, splits, out=out / name, seed=0)
     stages = 13 * own.seeds + 12 * (not own.chosen)  # about so many times its stage 2, with all systems
     hours = stages * first.metrics["seconds"]["stage2"] / 3600
     print(f"about {hours:.1f} hours more, less what is finished; it can be interrupted")
-    if own.chosen:
-        with data.reading(own.chosen, "name the chosen.json of another table"):
-            chosen = json.loads(Path(own.chosen).read_text())
-            systems = {name: systems[name] for name in chosen if name in systems}
-    else:
+    if not own.chosen:
         chosen = choose(first, systems)
         train.write_whole(out / "chosen.json", json.dumps(chosen).encode())
     results = []
@@ -94,6 +94,11 @@ def opened(args, splits=None, **changes):
         if asked not in (None, found):
             raise data.InputError(f"{args.out}: its run has {name} {found}, not {asked}; choose another --out")
     return run
+
+
+def another_stage2(run, name, **changes):
+    """A run of the same stage 1 whose stage 2 differs by `changes`, in a folder of this name beside the run."""
+    return opened(run.args, run.splits, out=run.trained / name, stage1=str(run.folder / "stage1.pt"), **changes)
 
 
 def kept(run, key, measure):
@@ -188,10 +193,7 @@ def dact_by_entropy(run, factor):
 
 def trained_longer(run, factor):
     """The run, or one of the same stage 1 whose stage 2 has `factor` times the epochs."""
-    if factor == 1:
-        return run
-    changes = {"epochs": factor * run.args.epochs, "stage1": str(run.folder / "stage1.pt")}
-    return opened(run.args, run.splits, out=run.trained / f"stage2-{factor:g}", **changes)
+    return run if factor == 1 else another_stage2(run, f"stage2-{factor:g}", epochs=factor * run.args.epochs)
 
 
 RAMPS, WHOLE = (1, 2, 10 / 3), (1, 2)
@@ -224,11 +226,22 @@ def curve(run, outcome):
     points = []
     for x in settings:
         labels, exit_block = outcome.leave(x)
-        metric, saved = point(run, labels, exit_block)
         own = first_metric(run, answers[exit_block - 1, torch.arange(len(exit_block))])
         chance = train.by_chance(answers, exit_block, run.dev.labels, run.args.task, deals=50)
-        points.append([saved, metric, own - chance[data.TASKS[run.args.task].metrics[0]], labels.tolist()])
+        won = own - chance[data.TASKS[run.args.task].metrics[0]]
+        points.append(point(run, labels, exit_block, won))
     return sorted(points)
+
+
+def point(run, labels, exit_block, won=0.0):
+    """A point of a curve; labels and exits are (n,), of the dev set."""
+    metric, saved = scored(run, labels, exit_block)
+    return [saved, metric, won, labels.tolist()]
+
+
+def scored(run, labels, exit_block):
+    """[first metric %, blocks saved %]"""
+    return [first_metric(run, labels), train.blocks_used(exit_block, run.N)["saved"]]
 
 
 def around(points, saved):
@@ -296,26 +309,21 @@ def measured(run, systems, chosen):
         curves[name] = curve(run, outcome)
         by_their_entropy[name] = [found[:3] for found in curve(run, by_entropy(run, outcome.logits))]
         if name == "DeeBERT":
-            rows |= {f"DeeBERT, S = {S:.2f}": point(run, *outcome.leave(S)) for S in (0.25, 0.5, 0.75)}
-    rows["base, stage 1 twice"] = whole(run, baselines.longer(run))[1::-1]
-    points, depths = [whole(run, run.stage1)], [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
+            rows |= {f"DeeBERT, S = {S:.2f}": scored(run, *outcome.leave(S)) for S in (0.25, 0.5, 0.75)}
+    rows["base, stage 1 twice"] = scored(run, *whole(run, baselines.longer(run)))
+    points = [point(run, *whole(run, run.stage1))]
+    depths = [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
     for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0, run.N}):
         print(f"{run.folder}: the first {k} of {run.N} blocks")
-        points.append(whole(run, baselines.first_blocks(run, k), k))
+        points.append(point(run, *whole(run, baselines.first_blocks(run, k), k)))
     labels = run.dev.labels.tolist()
     return {"labels": labels, "rows": rows, "curves": curves | {FIRST: sorted(points)}, "by entropy": by_their_entropy}
 
 
 def whole(run, model, k=None):
-    """The point of a curve of a `BertClassifier` that runs k blocks, by default all, on every example."""
+    """(labels, exits (n,)) of a `BertClassifier` that runs k blocks, by default all, on every example."""
     (labels,) = train.predict({"": lambda *inputs: [model(*inputs).argmax(1)]}, run.dev, run.args)[0][""]
-    metric, saved = point(run, labels, torch.full_like(labels, k or run.N))
-    return [saved, metric, 0.0, labels.tolist()]
-
-
-def point(run, labels, exit_block):
-    """[first metric %, blocks saved %] of labels and exits (n,) on the dev set."""
-    return [first_metric(run, labels), train.blocks_used(exit_block, run.N)["saved"]]
+    return labels, torch.full_like(labels, k or run.N)
 
 
 # ---- Tables over the seeds ------------------------------------------------------------------------------------------
@@ -330,22 +338,24 @@ def markdown(run, chosen, results):
     for row in results[0]["rows"]:
         cells = map(mean_and_deviation, zip(*(result["rows"][row] for result in results)))
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"| blocks saved | {' | '.join(DEPTHS)} | chosen: times the epochs |",
-        "| --- |" + " ---: |" * 4 + " --- |",
-    ]
+    lines += heading("blocks saved", "chosen: times the epochs")
     for name in results[0]["curves"]:
         cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name]) for result in results)))
         lines.append(f"| {name} | {' | '.join(cells)} | {chosen.get(name, '')} |")
     found, drawn = differences(results), resampled(results, task)
-    lines += ["", f"| difference, over the seeds | {' | '.join(DEPTHS)} |", "| --- |" + " ---: |" * 4]
+    lines += heading("difference, over the seeds")
     lines += [f"| {what} | {' | '.join(map(interval, by_seed.T))} |" for what, by_seed in found.items()]
-    lines += ["", f"| the same, over the examples | {' | '.join(DEPTHS)} |", "| --- |" + " ---: |" * 4]
+    lines += heading("the same, over the examples")
     for what, by_draw in drawn.items():
         cells = map(in_words, found[what].mean(0), *np.percentile(by_draw, [2.5, 97.5], axis=0))
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def heading(title, *more):
+    """The first lines of a table with a column for each of `DEPTHS`, and of `more`."""
+    line = "| --- |" + " ---: |" * len(DEPTHS) + " --- |" * len(more)
+    return ["", f"| {' | '.join([title, *DEPTHS, *more])} |", line]
 
 
 def differences(results):
@@ -367,12 +377,12 @@ def resampled(results, task, draws=1000):
     """{what: DACT above another curve, a mean over the seeds (draws, 4)} on dev sets drawn anew, with replacement."""
     labels, metric = torch.tensor(results[0]["labels"]), data.METRICS[data.TASKS[task].metrics[0]]
     rows = torch.randint(len(labels), (draws, len(labels)), generator=torch.Generator().manual_seed(0))
+    labels = labels[rows]  # (draws, n)
 
     def scores(points, saved):
         total = np.zeros(draws)
         for weight, (*_, answers) in around(points, saved) or [(math.nan, points[0])]:
-            pairs = zip(torch.tensor(answers)[rows], labels[rows])
-            total += weight * np.array([metric(*pair) for pair in pairs])
+            total += weight * np.array([*map(metric, torch.tensor(answers)[rows], labels)])
         return total
 
     curves = {name: [result["curves"][name] for result in results] for name in results[0]["curves"]}
@@ -416,12 +426,11 @@ def draw(task, results):
     axis, rows = figure.subplots(), results[0]["rows"]
     for name in results[0]["curves"]:
         values = np.array([[at(result["curves"][name], saved) for saved in GRID] for result in results])
-        mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+        mean, spread = values.mean(0), values.std(0, ddof=int(len(values) > 1))
+        colour, mark = COLOURS[name], "." if name == FIRST else None
         line, width = ("-", 2) if "DACT" in name else ("--", 1.2)
-        axis.plot(
-            GRID, mean, line, marker="." if name == FIRST else None, color=COLOURS[name], linewidth=width, label=name
-        )
-        axis.fill_between(GRID, mean - spread, mean + spread, color=COLOURS[name], alpha=0.12, linewidth=0)
+        axis.plot(GRID, mean, line, marker=mark, color=colour, linewidth=width, label=name)
+        axis.fill_between(GRID, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
     for row, mark in (("base", "s"), (DACT, "o")):
         reached, saved = np.mean([result["rows"][row] for result in results], axis=0)
         axis.plot(saved, reached, mark, color=COLOURS.get(row, "k"), markersize=9, label=f"{row}, as trained")

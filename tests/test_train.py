@@ -492,4 +492,5 @@ def test_the_flags_are_few_and_say_their_defaults(capsys):
         train.parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert len({*re.findall(r"--[a-z][a-z0-9-]+", text)} - {"--help"}) <= 17
-    assert "(default: 0.05; toy: 0.05)" in text and "(default: runs/TASK)" in text
+    assert "(default: 0.05; toy: 0.05)" in text and "(default: 5e-05; toy: 0.0004)" in text
+    assert "(default: runs/TASK)" in text
