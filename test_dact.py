@@ -32,8 +32,8 @@ def random_outputs(N, B, C, sharpness=2.0):
 # ---- Equations (1) and (2) ------------------------------------------------------------------------------------------
 
 
-def test_the_lesson_by_hand():
-    """The table of paper/LESSON.md, where each step is written out, and the worst third block."""
+def test_by_hand():
+    """README.md's "By hand", where each step is written out, and the worst third block."""
     y, h = torch.tensor([[[0.6, 0.4]], [[0.9, 0.1]], [[0.0, 1.0]]]), torch.tensor([[0.6], [0.1], [0.7]])
     a, p = dact.accumulate_all(y, h)
     torch.testing.assert_close(p[:, 0], torch.tensor([0.6, 0.06, 0.042]))
