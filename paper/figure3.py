@@ -44,7 +44,7 @@ def main(argv):
         rows = {}
         for i in attributions.chosen_examples(run, args.examples, 2, deebert.label):
             theirs, ours = (column[[i]] for column in deebert), run.early_exit(*attributions.inputs_of(run, i))
-            rows[i] = [row(f"DeeBERT (S = {S:.2g})", run, exits, dact.Halted(*theirs), attributions.ramp_answer, i),
+            rows[i] = [row(f"DeeBERT (entropy < {S:.2g})", run, exits, dact.Halted(*theirs), attributions.ramp_answer, i),
                        row("DACT-BERT", run, run.dact, ours, attributions.dact_answer, i)]  # fmt: skip
         for i, pair in rows.items():
             for each in pair:
@@ -88,7 +88,7 @@ def note(run, found):
 
 # ---- The picture ----------------------------------------------------------------------------------------------------
 
-COLUMNS, SIZE = 110, 10  # of the picture: characters in a line, and points of a letter
+COLUMNS, SIZE = 80, 10  # of the picture: characters in a line, and points of a letter
 CHARACTER = SIZE * 0.602 / 72  # width of a letter of DejaVu Sans Mono in inches
 
 

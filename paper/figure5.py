@@ -2,7 +2,7 @@
 
     python paper/figure5.py runs/mrpc --S 0.25 0.5      # a panel for each run; leaves runs/mrpc/figure5.png
 
-DACT leaves by equation (4), or by the run's --rule; DeeBERT leaves when the entropy of an answer is under S nats. Where
+DACT leaves by equation (4), or by the run's --rule; DeeBERT where the entropy of an answer is under S nats (--S). Where
 the dev set has groups, such as the toy task's levels, a second panel shows which of them leave where in DACT.
 """
 
@@ -37,7 +37,7 @@ def measure(run, thresholds):
     found = {ours: (label, exit_block)}
     (logits,) = baselines.answers(baselines.deebert(run), run.dev, run.args)
     for S in thresholds:
-        found[f"DeeBERT, S = {S:g}"] = baselines.leave(logits, baselines.entropy(logits) < S)
+        found[f"DeeBERT, entropy < {S:g} nats"] = baselines.leave(logits, baselines.entropy(logits) < S)
     exits = {name: histogram(run, exits) for name, (_, exits) in found.items()}
     scores = {name: train.scores(labels, run.dev.labels, run.args.task) for name, (labels, _) in found.items()}
     groups = {group: [of == group for of in run.dev.groups] for group in dict.fromkeys(run.dev.groups)}
@@ -53,10 +53,10 @@ def table(panel):
     """The counts of a panel, as printed."""
     N, metric = len(next(iter(panel.exits.values()))), next(iter(next(iter(panel.scores.values()))))
     lines = [f"{panel.title}; how many leave after block"]
-    lines.append(f"{'':<22}" + "".join(f"{n:>6}" for n in range(1, N + 1)) + f"   mean block{metric:>11}")
+    lines.append(f"{'':<30}" + "".join(f"{n:>6}" for n in range(1, N + 1)) + f"   mean block{metric:>11}")
     for name, counts in panel.exits.items():
         row, mean = "".join(f"{count:>6}" for count in counts), np.average(range(1, N + 1), weights=counts)
-        lines.append(f"{name:<22}{row}{mean:>13.2f}{panel.scores[name][metric]:>10.1f}%")
+        lines.append(f"{name:<30}{row}{mean:>13.2f}{panel.scores[name][metric]:>10.1f}%")
     return "\n".join(lines)
 
 

@@ -41,33 +41,30 @@ DACT, FIRST = "DACT, rule (4)", "first k blocks"
 def main(argv):
     parser = train.Parser(description="Table 1 of the paper. All other flags are train.py's.", allow_abbrev=False)
     parser.add_argument("--seeds", type=baselines.number(int, 1, 10), default=1, help="runs, from seed 0 (default: 1)")
-    rivals = [name for name in SYSTEMS if "DACT" not in name]
-    parser.add_argument("--without", nargs="+", choices=rivals, default=[], help="leave these systems out")
-    parser.add_argument("--chosen", metavar="FILE", help="settings: the chosen.json of another task's table")
+    parser.add_argument("--chosen", metavar="FILE", help="systems and settings: another task's chosen.json")
     parser.add_argument("--out", help="folder for all of it (default: runs/table1-TASK)")
     own, flags = parser.parse_known_args(argv)
     args = train.parse_arguments(flags)
     if args.stage1 or args.overwrite or args.explain or args.rule != "paper":
         raise data.InputError("all runs are made from the start, by (4); leave --stage1, --overwrite, --rule out")
     out = Path(own.out or f"runs/table1-{args.task}").expanduser()
-    systems = {name: system for name, system in SYSTEMS.items() if name not in own.without}
     if own.chosen:
         with data.reading(own.chosen, "name the chosen.json of another table"):
-            chosen = json.loads(Path(own.chosen).read_text())
-            systems = {name: systems[name] for name in chosen if name in systems}
+            found = json.loads(Path(own.chosen).read_text())
+            chosen = {name: found[name] for name in SYSTEMS if name in found}
     name, splits = ("seed-0", None) if own.chosen else ("held-out", split_off_a_fifth(args))
     first = opened(args, splits, out=out / name, seed=0)
-    stages = 13 * own.seeds + 12 * (not own.chosen)  # about so many times its stage 2, with all systems
+    stages = 13 * own.seeds + 11 * (not own.chosen)  # about so many times its stage 2, with all systems
     hours = stages * first.metrics["seconds"]["stage2"] / 3600
     print(f"about {hours:.1f} hours more, less what is finished; it can be interrupted")
     if not own.chosen:
-        chosen = choose(first, systems)
+        chosen = choose(first, SYSTEMS)
         train.write_whole(out / "chosen.json", json.dumps(chosen).encode())
     results = []
     for seed in range(own.seeds):
         print(f"\nseed {seed}, of {own.seeds}")
         run = opened(args, out=out / f"seed-{seed}", seed=seed)
-        results.append(kept(run, chosen, lambda run=run: measured(run, systems, chosen)))
+        results.append(kept(run, chosen, lambda run=run: measured(run, chosen)))
     text = markdown(run, chosen, results)
     print("\n" + text)
     train.write_whole(out / "table1.md", text.encode())
@@ -174,26 +171,13 @@ def palbert(run, factor):
     return Outcome(logits, lambda x: baselines.leave(logits, stopped >= 1 - x), [0.0, 1.0])
 
 
-def dact_over_tau(run, factor):
-    """Rule (4), with the halting units trained anew at other prices; the answers stay."""
-    run = trained_longer(run, factor)
+def dact_over_tau(run, _):
+    """Rule (4), with the halting units trained anew at other prices; the answers stay as stage 2 left them."""
     vectors = baselines.cls_vectors(run.dact.backbone, run.dev, run.args)  # one backbone for all prices
     heads = {run.args.tau: run.dact.heads, **baselines.dact_over_tau(run, TAUS, more=8)}
     found = {tau: baselines.over(each, vectors, run.args.device) for tau, each in heads.items()}
     y, _ = found[run.args.tau]
-    return Outcome(y, lambda tau: baselines.leave_by_rule(*found[tau]), sorted(found))
-
-
-def dact_by_entropy(run, factor):
-    """Section 3.1's confidence function on DACT's backbone and heads as stage 2 left them."""
-    run = trained_longer(run, factor)
-    y, _ = baselines.answers(run.dact, run.dev, run.args)
-    return by_entropy(run, y.clamp(min=1e-30).log())
-
-
-def trained_longer(run, factor):
-    """The run, or one of the same stage 1 whose stage 2 has `factor` times the epochs."""
-    return run if factor == 1 else another_stage2(run, f"stage2-{factor:g}", epochs=factor * run.args.epochs)
+    return Outcome(y.clamp(min=1e-30).log(), lambda tau: baselines.leave_by_rule(*found[tau]), sorted(found))
 
 
 RAMPS, WHOLE = (1, 2, 10 / 3), (1, 2)
@@ -204,10 +188,9 @@ SYSTEMS = {
     "PABEE": (pabee, WHOLE),
     "BERxiT": (berxit, WHOLE),
     "PALBERT": (palbert, WHOLE),
-    "DACT, rule (4)": (dact_over_tau, WHOLE),
-    "DACT by entropy": (dact_by_entropy, WHOLE),
+    DACT: (dact_over_tau, (1,)),
 }
-LEARNED = ("PABEE", "BERxiT", "PALBERT", DACT)  # that do not leave by entropy themselves
+BY_ENTROPY = ("DeeBERT", "FastBERT")  # the others' heads leave by their entropy, too, in a row of their own
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------
@@ -245,24 +228,21 @@ def scored(run, labels, exit_block):
 
 
 def around(points, saved):
-    """The points of a curve that a depth is read off, [(weight, point)]: one or two; none in a gap and at its end.
+    """The points of a curve that a depth is read off, [(weight, point)]; the weight is nan in a gap and after the end.
 
     Before the first point it is that one, which saves more.
     """
-    after = next((i for i, point in enumerate(points) if point[0] > saved - 1e-6), None)
-    if after is None:
-        return []
-    if after == 0 or points[after][0] < saved + 1e-6:
-        return [(1.0, points[after])]
+    after = next((i for i, point in enumerate(points) if point[0] > saved - 1e-6), 0)
+    if points[after][0] < saved + 1e-6 or after == 0:
+        return [(1.0 if points[-1][0] > saved - 1e-6 else math.nan, points[after])]
     before, width = points[after - 1], points[after][0] - points[after - 1][0]
-    weight = (saved - before[0]) / width
-    return [] if width > GAP else [(1 - weight, before), (weight, points[after])]
+    weight = (saved - before[0]) / width if width <= GAP else math.nan
+    return [(1 - weight, before), (weight, points[after])]
 
 
 def at(points, saved, column=1):
     """A column of a curve's points where so many percent of the blocks are saved; nan where there is none."""
-    found = around(points, saved)
-    return sum(weight * point[column] for weight, point in found) if found else math.nan
+    return sum(weight * point[column] for weight, point in around(points, saved))
 
 
 def read_off(points, column=1):
@@ -293,21 +273,18 @@ def choose(run, systems):
     return {name: settings[np.argmax(areas[name])] for name, (_, settings) in systems.items()}
 
 
-def measured(run, systems, chosen):
-    """What there is to say of one seed's run.
-
-    {"labels": of the dev set, "rows": {row: [metric %, saved %]}, "curves": {system: points},
-    "by entropy": {system: points if its heads left by their entropy}}
-    """
-    rows, curves, by_their_entropy = {}, {}, {}
+def measured(run, chosen):
+    """Of one seed's run: {"labels": of the dev set, "rows": {row: [metric %, saved %]}, "curves": {system: points}}."""
+    rows, curves = {}, {}
     for row, name in AS_TRAINED.items():
         found = run.metrics[name]
         rows[row] = [found[data.TASKS[run.args.task].metrics[0]], found.get("saved", 0.0)]
-    for number, (name, (outcome_of, _)) in enumerate(systems.items(), start=1):
-        print(f"{run.folder}: {name}, system {number} of {len(systems)}")
-        outcome = outcome_of(run, chosen[name])
+    for number, (name, setting) in enumerate(chosen.items(), start=1):
+        print(f"{run.folder}: {name}, system {number} of {len(chosen)}")
+        outcome = SYSTEMS[name][0](run, setting)
         curves[name] = curve(run, outcome)
-        by_their_entropy[name] = [found[:3] for found in curve(run, by_entropy(run, outcome.logits))]
+        if name not in BY_ENTROPY:
+            curves[entropy_of(name)] = curve(run, by_entropy(run, outcome.logits))
         if name == "DeeBERT":
             rows |= {f"DeeBERT, S = {S:.2f}": scored(run, *outcome.leave(S)) for S in (0.25, 0.5, 0.75)}
     rows["base, stage 1 twice"] = scored(run, *whole(run, baselines.longer(run)))
@@ -316,8 +293,12 @@ def measured(run, systems, chosen):
     for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0, run.N}):
         print(f"{run.folder}: the first {k} of {run.N} blocks")
         points.append(point(run, *whole(run, baselines.first_blocks(run, k), k)))
-    labels = run.dev.labels.tolist()
-    return {"labels": labels, "rows": rows, "curves": curves | {FIRST: sorted(points)}, "by entropy": by_their_entropy}
+    return {"labels": run.dev.labels.tolist(), "rows": rows, "curves": curves | {FIRST: sorted(points)}}
+
+
+def entropy_of(name):
+    """The row of a system's heads if they left by the entropy of their answers, not by what they have learned."""
+    return f"{name.split(',')[0]} by entropy"
 
 
 def whole(run, model, k=None):
@@ -364,10 +345,10 @@ def differences(results):
     for result in results:
         curves = {name: read_off(points) for name, points in result["curves"].items()}
         of_seed = {f"{DACT} less {name}": curves[DACT] - curves[name] for name in curves if name != DACT}
-        for name, points in result["by entropy"].items():
-            of_seed[f"{name}: its exits less chance's"] = read_off(result["curves"][name], column=2)
-            if name in LEARNED:
-                of_seed[f"{name}: its exits less entropy's"] = curves[name] - read_off(points)
+        for name, points in result["curves"].items():
+            of_seed[f"{name}: its exits less chance's"] = read_off(points, column=2)
+            if entropy_of(name) in curves:
+                of_seed[f"{name} less {entropy_of(name)}"] = curves[name] - curves[entropy_of(name)]
         for what, values in of_seed.items():
             found.setdefault(what, []).append(values)
     return {what: np.stack(values) for what, values in found.items()}
@@ -381,7 +362,7 @@ def resampled(results, task, draws=1000):
 
     def scores(points, saved):
         total = np.zeros(draws)
-        for weight, (*_, answers) in around(points, saved) or [(math.nan, points[0])]:
+        for weight, (*_, answers) in around(points, saved):
             total += weight * np.array([*map(metric, torch.tensor(answers)[rows], labels)])
         return total
 
@@ -416,7 +397,7 @@ def in_words(mean, low, high):
     return f"{mean:+.1f}" + (f" ({low:+.1f} to {high:+.1f}), {word}" if math.isfinite(low) else "")
 
 
-COLOURS = {"DACT, rule (4)": "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",
+COLOURS = {DACT: "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",
            "PABEE": "#CC79A7", "BERxiT": "#999933", "PALBERT": "#882255", FIRST: "#E69F00"}  # fmt: skip
 
 
@@ -424,7 +405,7 @@ def draw(task, results):
     """The curves: means over the seeds, with their deviation as a band."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis, rows = figure.subplots(), results[0]["rows"]
-    for name in results[0]["curves"]:
+    for name in [name for name in COLOURS if name in results[0]["curves"]]:
         values = np.array([[at(result["curves"][name], saved) for saved in GRID] for result in results])
         mean, spread = values.mean(0), values.std(0, ddof=int(len(values) > 1))
         colour, mark = COLOURS[name], "." if name == FIRST else None

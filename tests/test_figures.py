@@ -107,10 +107,10 @@ def test_histograms_of_figure_5(run, name):
     first = halts.int().argmax(0)  # of equal maxima, the first
     panel = figure5.measure(run, [0.0, 0.7])
     assert panel.exits == {f"DACT, {train.RULE_NAMES[name]}": [(first == n).sum().item() for n in range(6)],
-                           "DeeBERT, S = 0": [0, 0, 0, 0, 0, 50], "DeeBERT, S = 0.7": [50, 0, 0, 0, 0, 0]}  # fmt: skip
+                           "DeeBERT, entropy < 0 nats": [0, 0, 0, 0, 0, 50], "DeeBERT, entropy < 0.7 nats": [50, 0, 0, 0, 0, 0]}  # fmt: skip
     assert panel.groups.keys() == {"level 1", "level 2", "level 3"} and len(first.unique()) > 2
     assert [sum(counts) for counts in zip(*panel.groups.values())] == panel.exits[panel.ours]
-    last = panel.scores["DeeBERT, S = 0"]  # the last ramp is stage 1's classifier
+    last = panel.scores["DeeBERT, entropy < 0 nats"]  # the last ramp is stage 1's classifier
     assert last == pytest.approx({metric: run.metrics["full"][metric] for metric in last})
     rows, score = [line.split() for line in figure5.table(panel).splitlines()[2:]], f"{last['accuracy']:.1f}%"
     assert rows[1][-8:] == ["0", "0", "0", "0", "0", "50", "6.00", score] and rows[2][-2] == "1.00"
