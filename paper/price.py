@@ -59,15 +59,15 @@ def draw(metrics, metric, limit):
     """metrics: {tau: metrics.json of a run}."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for style, (name, key) in zip(STYLES, ((metric, metric), ("blocks saved", "saved"))):
+    for style, (name, key) in zip(("ko-", "ks--"), ((metric, metric), ("blocks saved", "saved"))):
         left.plot(list(metrics), [each["dact"][key] for each in metrics.values()], style, label=f"{name} (%)")
     for style, group in zip(STYLES, groups(next(iter(metrics.values())))):
         exits = [groups(each)[group]["mean_blocks"] for each in metrics.values()]
         right.plot(list(metrics), exits, style, label=group)
     left.set_ylabel("%")
-    right.set(ylabel="mean exit")
+    right.set_ylabel("blocks run, mean")
     for axis, place in ((left, "center left"), (right, "lower left")):
-        name = "from here on no later block pays for all" if axis is left else None
+        name = "from here on: block 1 for all beats block n for all" if axis is left else None
         axis.axvline(limit, color="0.5", linestyle=":", label=name)
         axis.set(xscale="log", xlabel="τ, the price of a block (nats)")
         axis.legend(fontsize=8, frameon=False, loc=place)

@@ -3,9 +3,9 @@
     python paper/sentence.py runs/toy --text "the tea was not lovely" --text "..."      leaves runs/toy/sentence.png
 
 Above, the bars are the running answer a_n, the line is p_n, the weight of the next block and the most that a later one
-can take. Below, both sides of the rule, cut off at 1.5: what the winner keeps at least, and what the runner-up reaches
-at most (by the exact rule: what the winner's lead keeps at least, and what it loses at most). Early exit stops at the
-first block where the first is not below the second; blocks that it would not run are paler.
+can take. Below, both sides of the rule: what the winner keeps at least, and what the runner-up reaches at most (by the
+exact rule: what the winner's lead keeps at least, and what it loses at most); early on that is far above the picture.
+Early exit stops at the first block where the first is not below the second; blocks that it would not run are paler.
 """
 
 from pathlib import Path
@@ -58,7 +58,6 @@ def draw(axes, text, labels, rule, a, p, sides, stop):
             axes[0].bar(blocks[some], column[some], 0.7, bottom[some], color=colour, alpha=alpha, label=name)
         bottom = bottom + column
     keeps, loses = SIDES[rule]
-    sides = sides.clamp(max=1.5).numpy()  # early on, the right side is as large as the number of blocks to come
     for axis, line, style, name in (
         (axes[0], p.numpy(), "ko-", "p_n"),
         (axes[1], sides[:, 0], "bo-", f"{keeps} at least"),
@@ -68,11 +67,11 @@ def draw(axes, text, labels, rule, a, p, sides, stop):
         axis.plot(blocks[stop - 1 :], line[stop - 1 :], style, markersize=4, alpha=0.25)
     for axis in axes:
         axis.axvline(stop, color="0.5", linewidth=0.8, linestyle=":")
+        axis.set_ylim(-0.05, 1.5)
+        axis.legend(fontsize=8, loc="upper right", ncols=3)
     answer = labels[a[stop - 1].argmax()]
     axes[0].set_title("\n".join(text) + f"\nstops after block {stop} of {len(a)}: {answer}", fontsize=9)
-    axes[1].set(xlabel="block n", ylim=(-0.05, 1.55))
-    axes[0].legend(fontsize=8, loc="lower right")
-    axes[1].legend(fontsize=8, loc="center right")
+    axes[1].set_xlabel("block n")
 
 
 if __name__ == "__main__":
