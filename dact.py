@@ -1,9 +1,10 @@
 """DACT-BERT, equations (1) to (4): a network of blocks that learns when to stop.
 
-After block n a small head reads the block's [CLS] vector and says two things: "my answer is y_n", a distribution over
-the classes, and "I want to go on with probability h_n". The answers are folded into one running answer a_n (1), each
-with the weight that is left to it (2). Training lets all N blocks speak and asks for a right a_N at a low price (3).
-Inference stops after the first block for which (4) says that no later block can change the winner.
+After block n a small head reads the block's [CLS] vector and says two things: its answer y_n, a distribution over the
+classes, and h_n, how much the next block shall weigh beside this one: near 1 goes on, near 0 stops. The answers are
+folded into one running answer a_n (1), each with the weight that the blocks before it allow (2). Training lets all N
+blocks speak and asks for a right a_N at a low price (3). Inference stops after the first block for which (4) says that
+no later block can change the winner.
 
 This file imports torch alone and never BERT. Any backbone will do that has a `hidden_size`, an embedding step `embed`,
 which takes all inputs but the last, and a list `blocks` of modules called as `block(hidden, mask)`. The last input is
@@ -38,7 +39,7 @@ def accumulate(y_n, h_n, a=None, p=None):
     """
     if a is None:  # a_0 = 0 and p_0 = 1. So a_1 = y_1, and every a_n sums to 1 although a_0 does not.
         a, p = torch.zeros_like(y_n), torch.ones_like(h_n)
-    # The order matters: block n is weighted by p_{n-1}, what the blocks before it left over. Its own h_n comes after.
+    # The order matters: block n enters with p_{n-1}, which the blocks before it have set. Its own h_n comes after.
     a = y_n * p[:, None] + a * (1 - p[:, None])  # (1)  a_n = y_n p_{n-1} + a_{n-1} (1 - p_{n-1})         (B, C)
     p = h_n * p  # (2)  p_n = h_n p_{n-1}                                                                 (B,)
     return a, p
