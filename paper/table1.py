@@ -137,6 +137,22 @@ def by_entropy(run, logits):
     return Outcome(logits, lambda S: baselines.leave(logits, H < S), [0.0, 1.001 * math.log(len(run.labels))])
 
 
+def first_blocks(run, _):
+    """The model cut after block k, for the k next to the depths of the tables; all N blocks are stage 1."""
+    blocks = [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
+    cut = sorted({*map(math.floor, blocks), *map(math.ceil, blocks)} - {0, run.N})
+    logits = torch.zeros(run.N, len(run.dev), len(run.labels))
+    for k, model in (*((k, baselines.first_blocks(run, k)) for k in cut), (run.N, run.stage1)):
+        logits[k - 1] = logits_of(run, model)
+    n = torch.arange(1, run.N + 1)[:, None].expand(logits.shape[:2])
+    return Outcome(logits, lambda x: baselines.leave(logits, n >= -x), [-k for k in (run.N, *reversed(cut))])
+
+
+def logits_of(run, model):
+    """(n, C) of a `BertClassifier` on the dev set."""
+    return train.predict({"": lambda *inputs: [model(*inputs)]}, run.dev, run.args)[0][""][0]
+
+
 def deebert(run, factor):
     """factor: of the run's epochs, as everywhere below."""
     exits = baselines.deebert(run, factor * run.args.epochs)
@@ -183,6 +199,7 @@ def dact_over_tau(run, _):
 RAMPS, WHOLE = (1, 2, 10 / 3), (1, 2)
 # {system: (run, setting -> `Outcome`, trained beside the run or loaded; the settings to choose from)}
 SYSTEMS = {
+    FIRST: (first_blocks, (1,)),
     "DeeBERT": (deebert, RAMPS),
     "FastBERT": (fastbert, tuple((loss, factor) for loss in ("paper", "code") for factor in RAMPS)),
     "PABEE": (pabee, WHOLE),
@@ -190,7 +207,7 @@ SYSTEMS = {
     "PALBERT": (palbert, WHOLE),
     DACT: (dact_over_tau, (1,)),
 }
-BY_ENTROPY = ("DeeBERT", "FastBERT")  # the others' heads leave by their entropy, too, in a row of their own
+LEARNED = ("PABEE", "BERxiT", "PALBERT", DACT)  # their heads leave by their entropy, too, in a row of their own
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------
@@ -212,19 +229,12 @@ def curve(run, outcome):
         own = first_metric(run, answers[exit_block - 1, torch.arange(len(exit_block))])
         chance = train.by_chance(answers, exit_block, run.dev.labels, run.args.task, deals=50)
         won = own - chance[data.TASKS[run.args.task].metrics[0]]
-        points.append(point(run, labels, exit_block, won))
+        points.append([saved_by(exit_block, N), first_metric(run, labels), won, labels.tolist()])
     return sorted(points)
 
 
-def point(run, labels, exit_block, won=0.0):
-    """A point of a curve; labels and exits are (n,), of the dev set."""
-    metric, saved = scored(run, labels, exit_block)
-    return [saved, metric, won, labels.tolist()]
-
-
-def scored(run, labels, exit_block):
-    """[first metric %, blocks saved %]"""
-    return [first_metric(run, labels), train.blocks_used(exit_block, run.N)["saved"]]
+def saved_by(exit_block, N):
+    return train.blocks_used(exit_block, N)["saved"]
 
 
 def around(points, saved):
@@ -261,16 +271,18 @@ def first_metric(run, labels):
 def choose(run, systems):
     """{system: the setting of the greatest area} on the dev set of `run`, the held-out fifth."""
 
+    several = {name: system for name, system in systems.items() if len(system[1]) > 1}
+
     def areas_of():
         areas = {}
-        for number, (name, (outcome_of, settings)) in enumerate(systems.items(), start=1):
-            print(f"held-out fifth: {name}, {len(settings)} setting(s), system {number} of {len(systems)}")
+        for number, (name, (outcome_of, settings)) in enumerate(several.items(), start=1):
+            print(f"held-out fifth: {name}, {len(settings)} settings, system {number} of {len(several)}")
             areas[name] = [area(curve(run, outcome_of(run, setting))) for setting in settings]
             print(f"held-out fifth: {name}, " + ", ".join(f"{x:.2f} ({of})" for x, of in zip(areas[name], settings)))
         return areas
 
-    areas = kept(run, {name: settings for name, (_, settings) in systems.items()}, areas_of)
-    return {name: settings[np.argmax(areas[name])] for name, (_, settings) in systems.items()}
+    areas = kept(run, {name: settings for name, (_, settings) in several.items()}, areas_of)
+    return {name: settings[np.argmax(areas.get(name, 0))] for name, (_, settings) in systems.items()}
 
 
 def measured(run, chosen):
@@ -283,28 +295,19 @@ def measured(run, chosen):
         print(f"{run.folder}: {name}, system {number} of {len(chosen)}")
         outcome = SYSTEMS[name][0](run, setting)
         curves[name] = curve(run, outcome)
-        if name not in BY_ENTROPY:
+        if name in LEARNED:
             curves[entropy_of(name)] = curve(run, by_entropy(run, outcome.logits))
         if name == "DeeBERT":
-            rows |= {f"DeeBERT, S = {S:.2f}": scored(run, *outcome.leave(S)) for S in (0.25, 0.5, 0.75)}
-    rows["base, stage 1 twice"] = scored(run, *whole(run, baselines.longer(run)))
-    points = [point(run, *whole(run, run.stage1))]
-    depths = [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
-    for k in sorted({*map(math.floor, depths), *map(math.ceil, depths)} - {0, run.N}):
-        print(f"{run.folder}: the first {k} of {run.N} blocks")
-        points.append(point(run, *whole(run, baselines.first_blocks(run, k), k)))
-    return {"labels": run.dev.labels.tolist(), "rows": rows, "curves": curves | {FIRST: sorted(points)}}
+            for S in (0.25, 0.5, 0.75):
+                labels, exit_block = outcome.leave(S)
+                rows[f"DeeBERT, S = {S:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
+    rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, baselines.longer(run)).argmax(1)), 0.0]
+    return {"labels": run.dev.labels.tolist(), "rows": rows, "curves": curves}
 
 
 def entropy_of(name):
     """The row of a system's heads if they left by the entropy of their answers, not by what they have learned."""
     return f"{name.split(',')[0]} by entropy"
-
-
-def whole(run, model, k=None):
-    """(labels, exits (n,)) of a `BertClassifier` that runs k blocks, by default all, on every example."""
-    (labels,) = train.predict({"": lambda *inputs: [model(*inputs).argmax(1)]}, run.dev, run.args)[0][""]
-    return labels, torch.full_like(labels, k or run.N)
 
 
 # ---- Tables over the seeds ------------------------------------------------------------------------------------------
@@ -404,7 +407,7 @@ COLOURS = {DACT: "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", 
 def draw(task, results):
     """The curves: means over the seeds, with their deviation as a band."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis, rows = figure.subplots(), results[0]["rows"]
+    axis = figure.subplots()
     for name in [name for name in COLOURS if name in results[0]["curves"]]:
         values = np.array([[at(result["curves"][name], saved) for saved in GRID] for result in results])
         mean, spread = values.mean(0), values.std(0, ddof=int(len(values) > 1))
@@ -412,10 +415,8 @@ def draw(task, results):
         line, width = ("-", 2) if "DACT" in name else ("--", 1.2)
         axis.plot(GRID, mean, line, marker=mark, color=colour, linewidth=width, label=name)
         axis.fill_between(GRID, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-    for row, mark in (("base", "s"), (DACT, "o")):
-        reached, saved = np.mean([result["rows"][row] for result in results], axis=0)
-        axis.plot(saved, reached, mark, color=COLOURS.get(row, "k"), markersize=9, label=f"{row}, as trained")
-    axis.axhline(rows["majority class"][0], color="grey", linestyle=":", label="majority class")
+    for row, line in (("base", "-."), ("majority class", ":")):
+        axis.axhline(np.mean([result["rows"][row][0] for result in results]), color="grey", linestyle=line, label=row)
     title = f"{task}, {len(results)} seed" + ("s" if len(results) > 1 else "")
     axis.set(xlabel="blocks saved (%)", ylabel=f"{data.TASKS[task].metrics[0]} (%)", title=title)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
