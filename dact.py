@@ -1,8 +1,8 @@
 """DACT-BERT, equations (1) to (4): a network of blocks that learns when to stop.
 
 After block n a small head reads the block's [CLS] vector and says two things: its answer y_n, a distribution over the
-classes, and h_n, how much the next block shall weigh beside this one: near 1 goes on, near 0 stops. The answers are
-folded into one running answer a_n (1), each with the weight that the blocks before it allow (2). Training lets all N
+classes, and h_n: the next block enters with h_n times the weight of this one; near 1 goes on, near 0 stops. The answers
+are folded into one running answer a_n (1), each with the weight that the blocks before it allow (2). Training lets all N
 blocks speak and asks for a right a_N at a low price (3). Inference stops after the first block for which (4) says that
 no later block can change the winner.
 
