@@ -22,7 +22,6 @@ from pathlib import Path
 import baselines  # first, for it puts the top level on the path
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -32,7 +31,6 @@ import train
 
 BERT_BASE = bert.BertConfig(30522, 768, 12, 12, 3072)
 STEP = (16, 128)  # sequences, tokens of the training step that is timed
-STOCK_WIDTH = 128  # tokens that the stock recipes, and the scripts of DeeBERT, PABEE and FastBERT, pad every row to
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # batches of the latency plot
 
 
@@ -42,9 +40,6 @@ def main(argv):
     config = bert.load_pretrained(args.model, 2)[0].bert.config if args.model else BERT_BASE
     args.device, args.precision = train.pick_hardware(args.model)
     print(f"device     {args.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
-    for precision in dict.fromkeys(("float32", args.precision)):
-        rate = peak(args.device, precision)
-        print(f"peak       {rate / 1e9:.1f} GFLOP/s, measured on a product of two {precision} matrices")
     print(f"\n{'':<66}{'ratio':>8}{'goal':>10}")
     for run in runs:
         exit_rows(run, args)
@@ -100,13 +95,6 @@ def timed(variants, repetitions):
     return {name: taken[1:] for name, taken in seconds.items()}
 
 
-def peak(device, precision):
-    """The best rate of a product of square matrices that the device shows, in floating-point operations a second."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, precision)) for _ in range(2))
-    return 2 * size**3 / min(timed({"product": lambda: a @ b}, 5)["product"])
-
-
 # ---- Early exit -----------------------------------------------------------------------------------------------------
 
 
@@ -114,12 +102,12 @@ def exit_rows(run, args):
     """Early exit against full depth, and against itself with one example at a time, which is how others evaluate."""
     rows = np.random.default_rng(0).permutation(len(run.dev))[: args.examples]
     part = run.saved.dataset(baselines.part_of(run.splits[1], rows))
-    batch, name, width = min(args.batch, len(part)), run.folder.name, min(STOCK_WIDTH, run.saved.config.max_tokens)
+    batch, name = min(args.batch, len(part)), run.folder.name
     sizes = sorted({batch, *(size for size in SIZES if size <= len(part))})
-    seconds, exit_block = sweep(run, part, sizes, width, args.repetitions)
+    seconds, exit_block = sweep(run, part, sizes, args.repetitions)
     used = exit_block.double().mean().item() / run.N
     full, early = seconds[batch, "full"], seconds[batch, "early"]
-    full_alone, alone, padded = (seconds[1, variant] for variant in ("full", "early", "padded"))
+    full_alone, alone = (seconds[1, variant] for variant in ("full", "early"))
     ratios, shown = divided(early, [used * x for x in full])
     shown += f", {100 * (1 - used):.1f} % of blocks saved, {run.args.precision}"
     row(f"{name}: early exit at batch {batch} / (1 - saved) x full depth", ratios, "<=", 1.05, shown)
@@ -127,23 +115,17 @@ def exit_rows(run, args):
     row(f"{name}: early exit at batch 1 / full depth", ratios, "<=", used + 0.1, shown)
     ratios, shown = divided(alone, early)
     row(f"{name}: speed-up of batch {batch} over one at a time, same exit", ratios, ">=", 3.0, shown)
-    ratios, shown = divided(padded, early)
-    row(f"   over one at a time padded to {width} tokens, as others evaluate", ratios, ">=", 3.0, shown)
     draw(run, len(part), seconds)
 
 
-def sweep(run, part, sizes, width, repetitions):
-    """({(batch size, variant): [seconds of each repetition]} over a part of the dev set, its exits (n,)).
-
-    Variants: "full" and "early", and "padded" at batch 1: early exit of single rows, padded to `width` tokens.
-    """
+def sweep(run, part, sizes, repetitions):
+    """({(batch size, "full" or "early"): [seconds of each repetition]} over a part of the dev set, its exits (n,))."""
     variants = {"full": lambda *inputs: [run.stage1(*inputs).argmax(1)], "early": run.early_exit}
-    padded = {"padded": lambda *inputs: run.early_exit(*widened(inputs, part.pad_id, width))}
     found = defaultdict(list)
     for _ in range(repetitions):
         for size in sizes:
             args = argparse.Namespace(**vars(run.args) | {"batch": size})
-            given, seconds = train.predict(variants | (padded if size == 1 else {}), part, args)
+            given, seconds = train.predict(variants, part, args)
             for name, taken in seconds.items():
                 found[size, name].append(taken)
     return found, given["early"][2]
@@ -169,18 +151,6 @@ def draw(run, examples, seconds):
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def training_flops(config, B, T, num_classes=2):
-    """Floating-point operations that a training step of a BERT classifier needs: 2 for each product and its sum.
-
-    Matrix products alone, as usual. The backward pass takes two for each one of the forward pass.
-    """
-    D, I = config.hidden_size, config.intermediate_size
-    linear = 2 * (4 * D * D + 2 * D * I)  # query, key, value, output; up, down: for each token of each block
-    attention = 2 * 2 * T * D  # scores and context: the same
-    head = 2 * (D * D + D * num_classes)  # pooler and classifier: for each sequence
-    return 3 * B * (config.num_hidden_layers * T * (linear + attention) + head)
 
 
 def stepper(model, loss_of, device):
@@ -222,48 +192,36 @@ def their_step(config, device, num_classes=2):
 
 
 def step_rows(config, args):
-    """A training step of full rows: time against `transformers`, and model flops against the peak (utilisation)."""
+    """A training step of full rows against `transformers`."""
     config = replace(config, max_position_embeddings=512, first_position=0)
     B, T = STEP
     inputs = torch.randint(1, config.vocab_size, (B, T)), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T) > 0
     *inputs, labels = (x.to(args.device) for x in (*inputs, torch.arange(B) % 2))
     steps = {"ours": our_step(config, args.device), "theirs": their_step(config, args.device)}
     variants = {name: partial(step, inputs, labels, args.precision) for name, step in steps.items()}
-    peaks = []  # taken between the steps, for on a busy machine the peak changes too
-    variants["peak"] = lambda: peaks.append(peak(args.device, args.precision))
     seconds = timed(variants, args.repetitions)
     shape = f"{config.num_hidden_layers} x {config.hidden_size}, {B} x {T} tokens, {args.precision}"
     ratios, shown = divided(seconds["ours"], seconds["theirs"])
     row(f"training step ({shape}) / transformers", ratios, "<=", 0.9, shown)
-    rates = [training_flops(config, B, T) / taken for taken in seconds["ours"]]
-    shown = f"{statistics.median(rates) / 1e9:.1f} of {max(peaks) / 1e9:.1f} GFLOP/s, the best between the steps"
-    wanted = 0.4 if args.device.type == "cuda" else 0.65
-    row("   its model flops / the measured peak", [rate / max(peaks) for rate in rates], ">=", wanted, shown)
 
 
 def epoch_rows(config, dataset, args):
-    """An epoch over real lengths, estimated from some of its batches, against the stock recipes of `transformers`."""
+    """An epoch over real lengths, estimated from some of its batches, against `transformers` and dynamic padding."""
     config, lengths = replace(config, max_position_embeddings=512, first_position=0), dataset.lengths
     num_classes = int(dataset.labels.max()) + 1
     ours, theirs = (maker(config, args.device, num_classes) for maker in (our_step, their_step))
     grouped = spread(data.training_batches(lengths, args.batch, 0), lengths)
     order = np.random.default_rng(0).permutation(len(lengths))
     shuffled = spread([order[i : i + args.batch] for i in range(0, len(order), args.batch)], lengths)
-    recipes = {
-        "ours": (ours, grouped, args.precision, 0),
-        "dynamic": (theirs, shuffled, args.precision, 0),
-        "padded": (theirs, shuffled[:1], "float32", STOCK_WIDTH),
-    }
-    variants = {name: partial(run_batches, dataset, args.device, *recipe) for name, recipe in recipes.items()}
+    recipes = {"ours": (ours, grouped), "dynamic": (theirs, shuffled)}
+    variants = {name: partial(run_batches, dataset, args, *recipe) for name, recipe in recipes.items()}
     epoch = {}
     for name, seconds in timed(variants, args.repetitions).items():
         share = sum(map(len, recipes[name][1])) / len(dataset)
         epoch[name] = [taken / share for taken in seconds]
     shape = f", {config.num_hidden_layers} x {config.hidden_size}, mean length {lengths.mean():.1f}"
-    ratios, shown = divided(epoch["padded"], epoch["ours"])
-    row(f"epoch of real lengths: speed-up over padding to {STOCK_WIDTH}, float32", ratios, ">=", 5.0, shown + shape)
     ratios, shown = divided(epoch["dynamic"], epoch["ours"])
-    row(f"   over dynamic padding, {args.precision}", ratios, ">=", 1.2, shown)
+    row(f"epoch of real lengths: speed-up over dynamic padding, {args.precision}", ratios, ">=", 1.2, shown + shape)
 
 
 def spread(batches, lengths, count=5):
@@ -273,17 +231,11 @@ def spread(batches, lengths, count=5):
     return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
 
-def run_batches(dataset, device, step, batches, precision, width):
-    """Take a step for each batch; width: pad all rows to as many tokens, or 0: to the longest of the batch."""
+def run_batches(dataset, args, step, batches):
+    """Take a step for each batch."""
     for indices in batches:
-        inputs, labels = dataset.batch(indices, device)
-        step(widened(inputs, dataset.pad_id, width), labels, precision)
-
-
-def widened(inputs, pad_id, width):
-    """Token ids, segments and mask (B, T), padded on the right to `width` tokens unless they have as many."""
-    missing = (0, max(0, width - inputs[0].shape[1]))
-    return tuple(F.pad(x, missing, value=fill) for x, fill in zip(inputs, (pad_id, 0, False)))
+        inputs, labels = dataset.batch(indices, args.device)
+        step(inputs, labels, args.precision)
 
 
 # ---- Loading --------------------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ import pytest
 import speed
 import torch
 from fakes import CONFIG, ROOT, VOCAB, google_arrays, short_toy_run, write_google
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import bert
 import data
@@ -25,22 +23,6 @@ def test_loading_holds_one_copy_and_not_the_compiler(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_flops_of_a_training_step():
-    """By hand, and as torch counts them.
-
-    D = 8, I = 12, N = 2, B = 5, T = 3, C = 2. A token of a block: 2 (4 * 64 + 2 * 96) = 896 in the linear layers, and
-    2 * 2 * 3 * 8 = 96 in attention. A sequence: 2 blocks * 3 tokens * 992 = 5952, and 2 (64 + 16) = 160 in its head.
-    Forward 5 * 6112 = 30560; with the backward pass three times that.
-    """
-    config = bert.BertConfig.from_dict(CONFIG)
-    assert speed.training_flops(config, 5, 3) == 91680
-    step = speed.our_step(config, torch.device("cpu"))
-    ids = torch.ones(5, 3, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step((ids, 0 * ids, ids > 0), ids[:, 0], "float32")
-    assert counter.get_total_flops() == 91680
-
-
 def test_speed_prints_its_table_and_draws_its_picture(few_sentences, tmp_path, capsys):
     run, model = short_toy_run(tmp_path / "run", 512), write_google(tmp_path / "model", google_arrays())
     capsys.readouterr()
@@ -48,12 +30,7 @@ def test_speed_prints_its_table_and_draws_its_picture(few_sentences, tmp_path, c
     assert train.command(speed.main, [str(run), *flags.split()]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line[74:79].strip() in ("<=", ">=")]
-    assert len(rows) == 10
-    for line in rows:
-        # A tiny model's share of the peak may round to 0.00: its rate, "4.0 of 2438.2 GFLOP/s", does not.
-        shown = line.split(" of ")[0].split()[-1] if "model flops" in line else line[66:74]
-        assert float(shown) > 0, line
-    assert "GFLOP/s, measured on a product of two float32 matrices" in out
+    assert len(rows) == 7 and all(float(line[66:74]) > 0 for line in rows)
     assert (run / "speed.png").stat().st_size > 10_000
 
 
@@ -63,7 +40,7 @@ def test_an_epoch_of_a_task_of_three_classes_and_what_is_not_run(capsys, monkeyp
     texts = [("a b", "c"), ("d", "e f"), ("b", "c d")] * 2
     dataset = data.Dataset(data.Examples(texts, [0, 1, 2] * 2), bert.wordpiece_tokenizer(VOCAB), 32, 0)
     speed.epoch_rows(bert.BertConfig.from_dict(CONFIG), dataset, args)
-    assert capsys.readouterr().out.count(" >=") == 2
+    assert capsys.readouterr().out.count(" >=") == 1
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="transformers"):
         speed.epoch_rows(bert.BertConfig.from_dict(CONFIG), dataset, args)
@@ -77,9 +54,6 @@ def test_a_row_is_the_median_of_ratios_and_says_what_was_missed(capsys):
     assert speed.divided([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == ([2.0, 3.0, 1.0], "4 against 2 s")
 
 
-def test_rows_as_wide_as_others_pad_them():
-    ids, segments, mask = speed.widened((torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3) > 0), 7, 5)
-    assert ids[0].tolist() == [1, 1, 1, 7, 7] and segments[0].tolist() == [1, 1, 1, 0, 0] and mask.sum() == 6
-    batches = [np.arange(3 * i, 3 * i + 3) for i in range(10)]
-    spread = speed.spread(batches, np.arange(30), count=5)
+def test_batches_from_short_to_long():
+    spread = speed.spread([np.arange(3 * i, 3 * i + 3) for i in range(10)], np.arange(30), count=5)
     assert [batch[0] // 3 for batch in spread] == [1, 3, 5, 7, 9]
