@@ -8,7 +8,7 @@ groups of the dev set leave, such as the toy's levels.
 With gates near 0 or 1 an example that leaves at block k pays about τ (k - 1) more than one that leaves at block 1. Let
 L_k be the mean loss of y_k. Below τ = max of (L_1 - L_k) / (k - 1), the line in the picture, it is cheaper to send all
 to some later block than to stop all at block 1. Above it no block is worth its price to all alike; halting may still
-send on the examples that gain more than the mean. By the answers at τ = 0.005, on the training set.
+send on the examples that it expects to gain more than τ a block. By the answers at τ = 0.005, on the training set.
 """
 
 from pathlib import Path

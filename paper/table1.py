@@ -5,8 +5,8 @@
 
 Everything is made by this one command and kept in --out: a run of train.py for every seed (seed-0, seed-1, ...), the
 other systems trained beside each, and one run more (held-out) of seed 0 that never sees a fifth of the training set. On
-that fifth the free settings of every system, DACT's too, are chosen: the one with the greatest area under its curve.
-Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
+that fifth the free settings of every rival are chosen: the one with the greatest area under its curve. DACT is as it
+is shipped. Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
 
 A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear
 between the points that it reaches. Where two neighbours lie more than 15 % apart, no setting of the knob leads between
@@ -140,12 +140,12 @@ def by_entropy(run, logits):
 def first_blocks(run, _):
     """The model cut after block k, for the k next to the depths of the tables; all N blocks are stage 1."""
     blocks = [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
-    cut = sorted({*map(math.floor, blocks), *map(math.ceil, blocks)} - {0, run.N})
+    ks = sorted({*map(math.floor, blocks), *map(math.ceil, blocks), run.N} - {0})
     logits = torch.zeros(run.N, len(run.dev), len(run.labels))
-    for k, model in (*((k, baselines.first_blocks(run, k)) for k in cut), (run.N, run.stage1)):
-        logits[k - 1] = logits_of(run, model)
+    for k in ks:
+        logits[k - 1] = logits_of(run, baselines.first_blocks(run, k) if k < run.N else run.stage1)
     n = torch.arange(1, run.N + 1)[:, None].expand(logits.shape[:2])
-    return Outcome(logits, lambda x: baselines.leave(logits, n >= -x), [-k for k in (run.N, *reversed(cut))])
+    return Outcome(logits, lambda x: baselines.leave(logits, n >= -x), [-k for k in reversed(ks)])
 
 
 def logits_of(run, model):
@@ -242,9 +242,11 @@ def around(points, saved):
 
     Before the first point it is that one, which saves more.
     """
-    after = next((i for i, point in enumerate(points) if point[0] > saved - 1e-6), 0)
-    if points[after][0] < saved + 1e-6 or after == 0:
-        return [(1.0 if points[-1][0] > saved - 1e-6 else math.nan, points[after])]
+    if points[-1][0] <= saved - 1e-6:
+        return [(math.nan, points[-1])]
+    after = next(i for i, point in enumerate(points) if point[0] > saved - 1e-6)
+    if after == 0 or points[after][0] < saved + 1e-6:
+        return [(1.0, points[after])]
     before, width = points[after - 1], points[after][0] - points[after - 1][0]
     weight = (saved - before[0]) / width if width <= GAP else math.nan
     return [(1 - weight, before), (weight, points[after])]
@@ -270,7 +272,6 @@ def first_metric(run, labels):
 
 def choose(run, systems):
     """{system: the setting of the greatest area} on the dev set of `run`, the held-out fifth."""
-
     several = {name: system for name, system in systems.items() if len(system[1]) > 1}
 
     def areas_of():
