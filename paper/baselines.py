@@ -405,7 +405,7 @@ def joint(run, heads, loss, name, epochs=None):
 
 def berxit(run, epochs=None):
     """The run's BERxiT: `BerxitHeads` on the ramps of its PABEE, whose losses are weighted as BERxiT's can be."""
-    # CHOICE: the unit learns after all else, as DACT's halting does, over cached vectors, for three times the epochs.
+    # CHOICE: the unit learns after all else, over cached vectors, for three times the epochs.
     exits = pabee(run, epochs)
     torch.manual_seed(run.args.seed)
     heads = BerxitHeads(exits.heads).to(run.args.device).eval().requires_grad_(False)
@@ -440,12 +440,14 @@ def dact_over_tau(run, taus, more=0):
     the two neighbours whose mean exits on the training set lie farthest apart.
     """
     vectors = cache(partial(cls_vectors, run.dact.backbone, run.train_set, run.args, MOST_FOR_HALTING))
-    settings = {"epochs": train.HALTING_EPOCHS * run.args.epochs, "precision": "float32"}  # heads are in full precision
+    settings = {"epochs": 2 * run.args.epochs, "precision": "float32"}  # heads are in full precision
 
     @cache
     def at(tau):
-        heads = copy.deepcopy(run.dact.heads)
-        train.only_halting_learns(heads)
+        heads = copy.deepcopy(run.dact.heads).requires_grad_(False)
+        for head in heads:
+            head.reset_halting()
+            head.halt.requires_grad_(True)
         return trained(run, f"tau-{tau:g}", heads, partial(train.stage2_loss, tau=tau), vectors, **settings)
 
     @cache

@@ -25,15 +25,8 @@ def half_open(head):
     nn.init.zeros_(head.halt.bias)
 
 
-def only_jointly(stage, *rest):
-    """`train.fit`, but halting is left as stage 2 left it."""
-    return 0.0 if stage == "halting" else FIT(stage, *rest)
-
-
-FIT = train.fit
 NO_SCALE = (dact.Scale, "forward", lambda scale, cls: cls)
 DROPOUT = (train, "without_dropout", lambda backbone: None)
-ONCE = (train, "fit", only_jointly), (train, "only_halting_learns", lambda heads: None)
 # {row: (settings in the place of the run's, what stands in the place of which function)}
 CHANGES = {
     "as shipped": ({}, ()),
@@ -41,8 +34,7 @@ CHANGES = {
     "halting starts at h = 0.5": ({}, ((dact.DactModule, "reset_halting", half_open),)),
     "no loss of the heads' own": ({"head_loss": 0.0}, ()),
     "dropout in the backbone": ({}, (DROPOUT,)),
-    "halting learns jointly alone": ({}, ONCE),
-    "the paper as it is written": ({"tau": 0.005, "head_loss": 0.0}, (NO_SCALE, DROPOUT, *ONCE)),
+    "the paper as it is written": ({"tau": 0.005, "head_loss": 0.0}, (NO_SCALE, DROPOUT)),
 }
 
 

@@ -79,10 +79,10 @@ def test_a_run_leaves_its_four_files(toy_run):
     assert metrics["dact"]["mean_blocks"] == pytest.approx(mean)
     assert metrics["dact"]["saved"] == pytest.approx(100 * (1 - mean / 6))
     assert metrics["exact_rule"]["mean_blocks"] <= mean
-    assert {"stage1", "stage2", "halting", "dev_full", "dev_early_exit"} == metrics["seconds"].keys()
+    assert {"stage1", "stage2", "dev_full", "dev_early_exit"} == metrics["seconds"].keys()
     assert metrics["groups"].keys() == {"level 1", "level 2", "level 3"}
     lines = [json.loads(line) for line in (toy_run / "log.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"stage 1", "stage 2", "halting"}
+    assert {line["stage"] for line in lines} == {"stage 1", "stage 2"}
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
@@ -134,7 +134,7 @@ def test_majority_row_and_f1():
 
 
 def test_what_learns_in_which_stage(tmp_path, monkeypatch, capsys):
-    """Stage 2: all, without dropout in the backbone. Then each h_n's last linear layer alone, on the scale that is."""
+    """All of it; in stage 2 without dropout in the backbone."""
     seen, fit = {}, train.fit
 
     def spy(stage, model, *rest):
@@ -152,8 +152,6 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch, capsys):
     assert moved == names and rates == {0.1}
     moved, names, rates = seen["stage 2"]
     assert moved == names and rates == {0.0}
-    moved, names, _ = seen["halting"]
-    assert moved == {name for name in names if ".halt." in name} and len(moved) == 4 < len(names)
     adaptive = train.load_run(tmp_path / "run" / "dact.pt").model
     assert all(head.scale.steps == 10 for head in adaptive.heads)
     out = capsys.readouterr().out
