@@ -21,7 +21,7 @@ import train
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73")  # of the classes
 SIDES = {"paper": ("the winner keeps", "the runner-up reaches"), "exact": ("its lead keeps", "its lead loses")}
-LEVELS = ["the garden was not bitter", "the service was perfect but the view was bitter , the former counts"]
+LEVELS = ["the garden was not bitter", "the service was not kind but the room was good , the former counts"]
 
 
 def main(argv):
