@@ -65,10 +65,11 @@ def draw(axes, text, labels, rule, a, p, sides, stop):
     ):
         axis.plot(blocks[:stop], line[:stop], style, markersize=4, label=name)
         axis.plot(blocks[stop - 1 :], line[stop - 1 :], style, markersize=4, alpha=0.25)
-    for axis, place, columns in ((axes[0], "upper right", 3), (axes[1], "center right", 1)):
+    for axis in axes:
         axis.axvline(stop, color="0.5", linewidth=0.8, linestyle=":")
         axis.set_ylim(-0.05, 1.5)
-        axis.legend(fontsize=8, loc=place, ncols=columns)
+    axes[0].legend(fontsize=8, loc="upper right", ncols=3)
+    axes[1].legend(fontsize=8, loc="best")
     answer = labels[a[stop - 1].argmax()]
     axes[0].set_title("\n".join(text) + f"\nstops after block {stop} of {len(a)}: {answer}", fontsize=9)
     axes[1].set_xlabel("block n")
