@@ -277,12 +277,11 @@ def load_apart(folder):
 def write_base(folder):
     """Write a checkpoint of random weights in BERT-base's shape, as Google's zips hold it, into a folder."""
     sys.path.append(str(baselines.ROOT / "tests"))
-    from fakes import VOCAB, google_arrays, write_google
+    from fakes import google_arrays, write_google
 
     config = {name: value for name, value in asdict(BERT_BASE).items() if name != "first_position"}
     arrays = {name: array for name, array in google_arrays(config).items() if not name.endswith("adam_m")}
-    vocab = VOCAB + [f"word{i}" for i in range(len(VOCAB), BERT_BASE.vocab_size)]
-    return write_google(folder, arrays, config, vocab)
+    return write_google(folder, arrays, config)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ def test_loading_holds_one_copy_and_not_the_compiler(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_speed_prints_its_table_and_draws_its_picture(few_sentences, tmp_path, capsys):
-    run, model = short_toy_run(tmp_path / "run", 512), write_google(tmp_path / "model", google_arrays())
+def test_speed_prints_its_table_and_draws_its_picture(few_sentences, tmp_path, capsys, monkeypatch):
+    run, flags = short_toy_run(tmp_path / "run", 512), ["--batch", "2", "--examples", "4", "--repetitions", "1"]
+    monkeypatch.setattr(speed, "BERT_BASE", bert.BertConfig.from_dict(CONFIG))
     capsys.readouterr()
-    flags = f"--model {model} --batch 2 --examples 4 --repetitions 1"
-    assert train.command(speed.main, [str(run), *flags.split()]) == 0
+    assert train.command(speed.main, [str(run), *flags]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line[74:79].strip() in ("<=", ">=")]
     assert len(rows) == 7 and all(float(line[66:74]) > 0 for line in rows)
