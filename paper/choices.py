@@ -57,7 +57,13 @@ def changed(run, row, settings, replaced):
     with ExitStack() as stack:
         for target, attribute, new in replaced:
             stack.enter_context(patch.object(target, attribute, new))
-        return table1.another_stage2(run, re.sub(r"\W+", "-", row), **settings).metrics
+        return another_stage2(run, re.sub(r"\W+", "-", row), **settings).metrics
+
+
+def another_stage2(run, name, **changes):
+    """A run of the same stage 1 whose stage 2 differs by `changes`, in a folder of this name beside the run."""
+    stage1 = str(run.folder / "stage1.pt")
+    return table1.opened(run.args, run.splits, out=run.trained / name, stage1=stage1, **changes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ send on the examples that it expects to gain more than τ a block. By the answer
 from pathlib import Path
 
 import baselines
-import table1
+import choices
 from matplotlib.figure import Figure
 
 import dact
@@ -40,7 +40,7 @@ def main(argv):
 
 def at_price(run, tau):
     """The run, or one of its stage 1 at another price, made first if it is not finished."""
-    return run if tau == run.args.tau else table1.another_stage2(run, f"price-{tau:g}", tau=tau)
+    return run if tau == run.args.tau else choices.another_stage2(run, f"price-{tau:g}", tau=tau)
 
 
 def groups(metrics):

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -93,22 +94,14 @@ def opened(args, splits=None, **changes):
     return run
 
 
-def another_stage2(run, name, **changes):
-    """A run of the same stage 1 whose stage 2 differs by `changes`, in a folder of this name beside the run."""
-    return opened(run.args, run.splits, out=run.trained / name, stage1=str(run.folder / "stage1.pt"), **changes)
-
-
 def kept(run, key, measure):
-    """measure(), or what it gave before if that is in the run's table1.json under the same key."""
-    path, key = run.trained / "table1.json", str(key)
+    """measure(), or what it gave before for the same key, from a file beside the run."""
+    path = run.trained / f"table1-{zlib.crc32(str(key).encode()):08x}.json"
+    if not path.exists():
+        run.trained.mkdir(exist_ok=True)
+        train.write_whole(path, json.dumps(measure()).encode())
     with data.reading(path, "delete it to measure again"):
-        found = json.loads(path.read_text()) if path.exists() else {"key": None}
-        if found["key"] == key:
-            return found["measured"]
-    found = {"key": key, "measured": measure()}
-    run.trained.mkdir(exist_ok=True)
-    train.write_whole(path, json.dumps(found).encode())
-    return found["measured"]
+        return json.loads(path.read_text())
 
 
 def split_off_a_fifth(args):

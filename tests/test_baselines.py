@@ -431,7 +431,7 @@ def test_table_1_from_nothing(tmp_path, capsys, monkeypatch):
         assert word in capsys.readouterr().err
     assert (tmp_path / "table1.png").stat().st_size
     assert f"| base | {run.metrics['full']['accuracy']:.1f} | 0.0 |" in text
-    found = json.loads((run.trained / "table1.json").read_text())["measured"]
+    (found,) = (json.loads(path.read_text()) for path in run.trained.glob("table1-*.json"))
     for row, name in (("DACT, rule (4)", "dact"), ("DACT, exact rule", "exact_rule")):
         assert found["rows"][row] == [run.metrics[name]["accuracy"], run.metrics[name]["saved"]]
     assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
