@@ -143,7 +143,6 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch, capsys):
         moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
         rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
         seen[stage] = moved, before.keys(), rates
-        assert all(parameter.requires_grad for parameter in model.parameters())
         return seconds
 
     monkeypatch.setattr(train, "fit", spy)
