@@ -6,12 +6,11 @@
     BERxiT     (Xin et al., 2021)   the same training; exit when a learned unit says that the ramp's answer is right
     PALBERT    (Balagansky and Gavrilov, 2022)  backbone, ramps and a chance to stop (PonderNet) trained together; exit
                                     when the chance to have stopped passes q
-    first k    the backbone cut after block k and fine-tuned: no decision at all
     DACT at another price: its halting units trained anew, all else as stage 2 left it
     longer     stage 1 twice over: the control for what DACT's second stage gains by training longer
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-All but "first k" and "longer" are heads that read the [CLS] vectors of all blocks. What every block says is computed
+All but "longer" are heads that read the [CLS] vectors of all blocks. What every block says is computed
 once for a whole dev set, and where an example would leave is read off it: `leave`. (DACT itself really leaves early, in
 train.py and speed.py.) Heads whose backbone is frozen learn on vectors that are computed once.
 Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N; n examples of a dataset.
@@ -63,6 +62,7 @@ class Run(NamedTuple):
     dev: data.Dataset
     splits: list  # both as `data.Examples`
     vectors: object  # () -> `Vectors` of stage 1's backbone over the training set, computed at the first call
+    twice: object  # () -> this run with `longer` in the place of stage 1, made at the first call
 
     @property
     def N(self):
@@ -98,7 +98,8 @@ def open_run(folder, data_folder=None, splits=None):
     vectors = cache(partial(cls_vectors, stage1.bert, train_set, args))
     # Named after metrics.json, so that a run made anew meets nothing of the old one
     trained = args.out / f"paper-{hashlib.sha256((args.out / 'metrics.json').read_bytes()).hexdigest()[:8]}"
-    return Run(args.out, trained, args, metrics, second, stage1, model, train_set, dev_set, splits, vectors)
+    run = Run(args.out, trained, args, metrics, second, stage1, model, train_set, dev_set, splits, vectors, None)
+    return run._replace(twice=cache(partial(twice, run)))
 
 
 def read_metrics(folder):
@@ -190,11 +191,12 @@ def sides(a, p, rule):
 
 
 def entropy(logits):
-    """Shannon entropy in nats of softmax(logits) over the last axis: H = log Σ e^x - Σ x e^x / Σ e^x.
+    """Shannon entropy in nats of softmax(logits) over the last axis: H = -Σ y log y.
 
     DeeBERT leaves where it is under S; it is at most log C, so S > log C leaves after block 1.
     """
-    return logits.logsumexp(-1) - (logits * logits.softmax(-1)).sum(-1)
+    log_y = logits.log_softmax(-1)
+    return -(log_y.exp() * log_y).sum(-1)
 
 
 def confirmations(logits):
@@ -222,7 +224,7 @@ def exit_chances(z):
 
 def bisect_to_depth(exits_at, blocks, high, low=0.0):
     """The x at which `exits_at`, x -> (labels, exits), uses so many blocks; the more x, the fewer. By bisection."""
-    for _ in range(25):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if exits_at(middle)[1].double().mean() > blocks else (low, middle)
     return high
@@ -292,7 +294,8 @@ class Exits(nn.Module):
 
     def __init__(self, backbone, heads):
         super().__init__()
-        self.backbone, self.heads = backbone, heads
+        # Named first, the last classifier learns as the backbone does, at --lr, not at the heads' rate.
+        self.backbone, self.classifier, self.heads = backbone, heads.ramps[-1], heads
 
     def forward(self, *inputs):
         cls = torch.stack([*dact.cls_after_blocks(self.backbone, inputs)])  # (N, B, D)
@@ -308,14 +311,13 @@ def deebert_loss(logits, labels):
     return sum(F.cross_entropy(logits_n, labels) for logits_n in logits[:-1])
 
 
-def fastbert_loss(logits, labels, turned=False):
-    """Self-distillation, no labels: Σ over the ramps of KL(ramp || last classifier) = Σ_c q_c (log q_c - log p_c).
+def fastbert_loss(logits, labels):
+    """Self-distillation, no labels: Σ over the ramps of KL(last classifier || ramp) = Σ_c p_c (log p_c - log q_c).
 
-    turned: KL(last classifier || ramp), which the authors' code minimises where their paper writes the other.
+    As in the authors' code; their paper writes the other, KL(ramp || last classifier).
     """
     teacher, ramps = logits[-1].detach().log_softmax(-1), logits[:-1].log_softmax(-1)
-    divergence = teacher.exp() * (teacher - ramps) if turned else ramps.exp() * (ramps - teacher)
-    return divergence.sum(-1).mean(1).sum()
+    return (teacher.exp() * (teacher - ramps)).sum(-1).mean(1).sum()
 
 
 def pabee_loss(logits, labels):
@@ -383,8 +385,7 @@ def frozen(run, loss, name, epochs=None):
     torch.manual_seed(run.args.seed)
     heads = Ramps(run.N, run.stage1.classifier).to(run.args.device).train()
     heads.ramps[-1].eval().requires_grad_(False)
-    # Heads are in full precision, always.
-    settings = {"epochs": epochs, "precision": "float32"}
+    settings = {"epochs": epochs, "precision": "float32"}  # heads are in full precision, always
     return Exits(run.stage1.bert, trained(run, f"{name}-{epochs:g}", heads, as_stage(loss), run.vectors, **settings))
 
 
@@ -415,19 +416,18 @@ def berxit(run, epochs=None):
     return Exits(exits.backbone, trained(run, name, heads, as_stage(berxit_loss), vectors, **settings))
 
 
-def first_blocks(run, k):
-    """A `BertClassifier` of the first k blocks of what stage 1 started from, fine-tuned with the run's settings."""
-    model = train.starting_model(run.args).model
-    model.bert.blocks = model.bert.blocks[:k]
-    model.bert.config = replace(model.bert.config, num_hidden_layers=k)
-    return trained(run, f"first-{k}", model.to(run.args.device).train(), train.stage1_loss, lambda: run.train_set)
-
-
 def longer(run):
     """Stage 1 once more, from what it left, as DACT's stage 2 without dropout in the backbone: a `BertClassifier`."""
     model = copy.deepcopy(run.stage1).train()
     train.without_dropout(model.bert)
     return trained(run, "longer", model, train.stage1_loss, lambda: run.train_set)
+
+
+def twice(run):
+    """The run as if stage 1 had trained twice over: what `longer` left, and what is trained on it."""
+    model = longer(run)
+    vectors = cache(partial(cls_vectors, model.bert, run.train_set, run.args))
+    return run._replace(stage1=model, trained=run.trained / "longer", vectors=vectors)
 
 
 # ---- DACT at another price of a block -------------------------------------------------------------------------------

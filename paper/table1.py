@@ -9,7 +9,7 @@ that fifth the free settings of every rival are chosen: the one with the greates
 is shipped. Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
 
 A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear
-between the points that it reaches. Where two neighbours lie more than 15 % apart, no setting of the knob leads between
+between the points that it reaches. Where two neighbours lie more than 17 % apart, no setting of the knob leads between
 them: there the curve has a gap, and the tables a dash. What a table says of a depth is read off each seed's curve.
 """
 
@@ -17,8 +17,6 @@ import argparse
 import json
 import math
 import random
-import zlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +28,13 @@ from matplotlib.figure import Figure
 import data
 import train
 
-TAUS = (0.005, 0.02, 0.035, 0.075, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5)  # nats a block, beside the run's own
+TAUS = (1e-4, 5e-4, 0.002, 0.005, 0.02, 0.075, 0.1, 0.125, 0.15, 0.2)  # nats a block, beside the run's own
 DEPTHS = {"a quarter": 25, "a third": 100 / 3, "half": 50, "three quarters": 75}  # percent of the blocks saved
 GRID = np.arange(0, 91, 2.5)  # percent of the blocks saved; a curve's area is its mean here
-GAP = 15  # percent of the blocks: between two points of a curve that lie farther apart there is none
+GAP = 17  # percent of the blocks: between two points of a curve that lie farther apart there is none
 # {row of what is as trained: its name in metrics.json}
 AS_TRAINED = {"majority class": "majority", "base": "full", "DACT, rule (4)": "dact", "DACT, exact rule": "exact_rule"}
-DACT, FIRST = "DACT, rule (4)", "first k blocks"
+DACT, ONE_BLOCK = "DACT, rule (4)", "DACT, one block for all"
 
 
 def main(argv):
@@ -52,10 +50,10 @@ def main(argv):
     if own.chosen:
         with data.reading(own.chosen, "name the chosen.json of another table"):
             found = json.loads(Path(own.chosen).read_text())
-            chosen = {name: found[name] for name in SYSTEMS if name in found}
+            chosen = {name: found.get(name, 1) for name in SYSTEMS if name in found or name == DACT}
     name, splits = ("seed-0", None) if own.chosen else ("held-out", split_off_a_fifth(args))
     first = opened(args, splits, out=out / name, seed=0)
-    stages = 13 * own.seeds + 11 * (not own.chosen)  # about so many times its stage 2, with all systems
+    stages = 8 * own.seeds + 8 * (not own.chosen)  # about so many times its stage 2, with all systems
     hours = stages * first.metrics["seconds"]["stage2"] / 3600
     print(f"about {hours:.1f} hours more, less what is finished; it can be interrupted")
     if not own.chosen:
@@ -65,7 +63,7 @@ def main(argv):
     for seed in range(own.seeds):
         print(f"\nseed {seed}, of {own.seeds}")
         run = opened(args, out=out / f"seed-{seed}", seed=seed)
-        results.append(kept(run, chosen, lambda run=run: measured(run, chosen)))
+        results.append(measured(run, chosen))
     text = markdown(run, chosen, results)
     print("\n" + text)
     train.write_whole(out / "table1.md", text.encode())
@@ -83,7 +81,7 @@ def opened(args, splits=None, **changes):
     args = argparse.Namespace(**vars(args) | {"overwrite": True} | changes)
     stage1 = args.out / "stage1.pt"
     if not (args.out / "metrics.json").exists():
-        if splits is None and stage1.exists():  # it was interrupted in stage 2; the held-out run has shown its settings
+        if args.seed > 0 and stage1.exists():  # it was interrupted in stage 2; the first run has shown its settings
             args.stage1 = str(stage1)
         train.run(args, splits)
     run = baselines.open_run(args.out, args.data, splits)
@@ -92,16 +90,6 @@ def opened(args, splits=None, **changes):
         if asked not in (None, found):
             raise data.InputError(f"{args.out}: its run has {name} {found}, not {asked}; choose another --out")
     return run
-
-
-def kept(run, key, measure):
-    """measure(), or what it gave before for the same key, from a file beside the run."""
-    path = run.trained / f"table1-{zlib.crc32(str(key).encode()):08x}.json"
-    if not path.exists():
-        run.trained.mkdir(exist_ok=True)
-        train.write_whole(path, json.dumps(measure()).encode())
-    with data.reading(path, "delete it to measure again"):
-        return json.loads(path.read_text())
 
 
 def split_off_a_fifth(args):
@@ -130,15 +118,10 @@ def by_entropy(run, logits):
     return Outcome(logits, lambda S: baselines.leave(logits, H < S), [0.0, 1.001 * math.log(len(run.labels))])
 
 
-def first_blocks(run, _):
-    """The model cut after block k, for the k next to the depths of the tables; all N blocks are stage 1."""
-    blocks = [round(run.N * (1 - depth / 100), 6) for depth in DEPTHS.values()]
-    ks = sorted({*map(math.floor, blocks), *map(math.ceil, blocks), run.N} - {0})
-    logits = torch.zeros(run.N, len(run.dev), len(run.labels))
-    for k in ks:
-        logits[k - 1] = logits_of(run, baselines.first_blocks(run, k) if k < run.N else run.stage1)
+def one_block(run, logits):
+    """No decision: all leave after block k."""
     n = torch.arange(1, run.N + 1)[:, None].expand(logits.shape[:2])
-    return Outcome(logits, lambda x: baselines.leave(logits, n >= -x), [-k for k in reversed(ks)])
+    return Outcome(logits, lambda x: baselines.leave(logits, n >= -x), list(range(-run.N, 0)))
 
 
 def logits_of(run, model):
@@ -147,16 +130,14 @@ def logits_of(run, model):
 
 
 def deebert(run, factor):
-    """factor: of the run's epochs, as everywhere below."""
-    exits = baselines.deebert(run, factor * run.args.epochs)
+    """factor: of the run's epochs, as everywhere below. Stage 1 is trained twice over, for DACT's backbone is, too."""
+    exits = baselines.deebert(run.twice(), factor * run.args.epochs)
     return by_entropy(run, *baselines.answers(exits, run.dev, run.args))
 
 
-def fastbert(run, setting):
-    """setting: (which divergence, factor). Its "speed" is the same knob in other units, S / log C."""
-    which, factor = setting
-    loss = partial(baselines.fastbert_loss, turned=which == "code")
-    exits = baselines.frozen(run, loss, f"FastBERT-{which}", factor * run.args.epochs)
+def fastbert(run, factor):
+    """The same. Its "speed" is the same knob in other units, S / log C."""
+    exits = baselines.frozen(run.twice(), baselines.fastbert_loss, "FastBERT", factor * run.args.epochs)
     return by_entropy(run, *baselines.answers(exits, run.dev, run.args))
 
 
@@ -183,18 +164,17 @@ def palbert(run, factor):
 def dact_over_tau(run, _):
     """Rule (4), with the halting units trained anew at other prices; the answers stay as stage 2 left them."""
     vectors = baselines.cls_vectors(run.dact.backbone, run.dev, run.args)  # one backbone for all prices
-    heads = {run.args.tau: run.dact.heads, **baselines.dact_over_tau(run, TAUS, more=8)}
+    heads = baselines.dact_over_tau(run, TAUS, more=8) | {run.args.tau: run.dact.heads}
     found = {tau: baselines.over(each, vectors, run.args.device) for tau, each in heads.items()}
     y, _ = found[run.args.tau]
     return Outcome(y.clamp(min=1e-30).log(), lambda tau: baselines.leave_by_rule(*found[tau]), sorted(found))
 
 
-RAMPS, WHOLE = (1, 2, 10 / 3), (1, 2)
+RAMPS, WHOLE = (1 / 3, 1, 2), (1, 2)
 # {system: (run, setting -> `Outcome`, trained beside the run or loaded; the settings to choose from)}
 SYSTEMS = {
-    FIRST: (first_blocks, (1,)),
     "DeeBERT": (deebert, RAMPS),
-    "FastBERT": (fastbert, tuple((loss, factor) for loss in ("paper", "code") for factor in RAMPS)),
+    "FastBERT": (fastbert, RAMPS),
     "PABEE": (pabee, WHOLE),
     "BERxiT": (berxit, WHOLE),
     "PALBERT": (palbert, WHOLE),
@@ -265,18 +245,13 @@ def first_metric(run, labels):
 
 def choose(run, systems):
     """{system: the setting of the greatest area} on the dev set of `run`, the held-out fifth."""
-    several = {name: system for name, system in systems.items() if len(system[1]) > 1}
-
-    def areas_of():
-        areas = {}
-        for number, (name, (outcome_of, settings)) in enumerate(several.items(), start=1):
-            print(f"held-out fifth: {name}, {len(settings)} settings, system {number} of {len(several)}")
-            areas[name] = [area(curve(run, outcome_of(run, setting))) for setting in settings]
-            print(f"held-out fifth: {name}, " + ", ".join(f"{x:.2f} ({of})" for x, of in zip(areas[name], settings)))
-        return areas
-
-    areas = kept(run, {name: settings for name, (_, settings) in several.items()}, areas_of)
-    return {name: settings[np.argmax(areas.get(name, 0))] for name, (_, settings) in systems.items()}
+    several, chosen = {name: system for name, system in systems.items() if len(system[1]) > 1}, {}
+    for number, (name, (outcome_of, settings)) in enumerate(several.items(), start=1):
+        print(f"held-out fifth: {name}, {len(settings)} settings, system {number} of {len(several)}")
+        areas = [area(curve(run, outcome_of(run, setting))) for setting in settings]
+        print(f"held-out fifth: {name}, " + ", ".join(f"{x:.2f} ({of:.3g})" for x, of in zip(areas, settings)))
+        chosen[name] = settings[np.argmax(areas)]
+    return {name: chosen.get(name, settings[0]) for name, (_, settings) in systems.items()}
 
 
 def measured(run, chosen):
@@ -295,6 +270,7 @@ def measured(run, chosen):
             for S in (0.25, 0.5, 0.75):
                 labels, exit_block = outcome.leave(S)
                 rows[f"DeeBERT, S = {S:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
+    curves[ONE_BLOCK] = curve(run, one_block(run, outcome.logits))  # DACT is the last
     rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, baselines.longer(run)).argmax(1)), 0.0]
     return {"labels": run.dev.labels.tolist(), "rows": rows, "curves": curves}
 
@@ -320,13 +296,13 @@ def markdown(run, chosen, results):
     for name in results[0]["curves"]:
         cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name]) for result in results)))
         lines.append(f"| {name} | {' | '.join(cells)} | {chosen.get(name, '')} |")
-    found, drawn = differences(results), resampled(results, task)
-    lines += heading("difference, over the seeds")
-    lines += [f"| {what} | {' | '.join(map(interval, by_seed.T))} |" for what, by_seed in found.items()]
-    lines += heading("the same, over the examples")
-    for what, by_draw in drawn.items():
-        cells = map(in_words, found[what].mean(0), *np.percentile(by_draw, [2.5, 97.5], axis=0))
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+    lines += heading("difference (95 %: over the seeds; over the examples)")
+    for what, (of_seeds, of_draws) in differences(results, task).items():
+        lines.append(f"| {what} | {' | '.join(map(in_words, of_seeds.T, of_draws.T))} |")
+    lines += heading("what is won by who leaves where, over the same exits by chance")
+    for name in [name for name in results[0]["curves"] if name != ONE_BLOCK]:
+        cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name], column=2) for result in results)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -336,37 +312,25 @@ def heading(title, *more):
     return ["", f"| {' | '.join([title, *DEPTHS, *more])} |", line]
 
 
-def differences(results):
-    """{what: by how much one curve is above another (seeds, 4)}"""
-    found = {}
-    for result in results:
-        curves = {name: read_off(points) for name, points in result["curves"].items()}
-        of_seed = {f"{DACT} less {name}": curves[DACT] - curves[name] for name in curves if name != DACT}
-        for name, points in result["curves"].items():
-            of_seed[f"{name}: its exits less chance's"] = read_off(points, column=2)
-            if entropy_of(name) in curves:
-                of_seed[f"{name} less {entropy_of(name)}"] = curves[name] - curves[entropy_of(name)]
-        for what, values in of_seed.items():
-            found.setdefault(what, []).append(values)
-    return {what: np.stack(values) for what, values in found.items()}
-
-
-def resampled(results, task, draws=1000):
-    """{what: DACT above another curve, a mean over the seeds (draws, 4)} on dev sets drawn anew, with replacement."""
+def differences(results, task, draws=1000):
+    """{what: by how much one curve is above another: (seeds, 4), and the mean on dev sets drawn anew (draws, 4)}"""
+    curves = {name: [result["curves"][name] for result in results] for name in results[0]["curves"]}
     labels, metric = torch.tensor(results[0]["labels"]), data.METRICS[data.TASKS[task].metrics[0]]
     rows = torch.randint(len(labels), (draws, len(labels)), generator=torch.Generator().manual_seed(0))
-    labels = labels[rows]  # (draws, n)
+    labels = labels[rows]  # (draws, n), with replacement; the same for all systems and seeds
 
-    def scores(points, saved):
+    def drawn(points, saved):
         total = np.zeros(draws)
         for weight, (*_, answers) in around(points, saved):
             total += weight * np.array([*map(metric, torch.tensor(answers)[rows], labels)])
         return total
 
-    curves = {name: [result["curves"][name] for result in results] for name in results[0]["curves"]}
-    means = {name: np.mean([[scores(points, saved) for saved in DEPTHS.values()] for points in of_seeds], axis=0).T
-             for name, of_seeds in curves.items()}  # fmt: skip
-    return {f"{DACT} less {name}": means[DACT] - each for name, each in means.items() if name != DACT}
+    by_seed = {name: np.stack([read_off(points) for points in of_seeds]) for name, of_seeds in curves.items()}
+    by_draw = {name: np.mean([[drawn(points, saved) for saved in DEPTHS.values()] for points in of_seeds], axis=0).T
+               for name, of_seeds in curves.items()}  # fmt: skip
+    pairs = [(DACT, name) for name in curves if name != DACT]
+    pairs += [(name, entropy_of(name)) for name in curves if name in LEARNED and name != DACT]
+    return {f"{a} less {b}": (by_seed[a] - by_seed[b], by_draw[a] - by_draw[b]) for a, b in pairs}
 
 
 def mean_and_deviation(values):
@@ -379,23 +343,25 @@ def mean_and_deviation(values):
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def interval(differences):
-    """Paired differences over the seeds in words: "+1.2 (+0.4 to +2.0), ahead". The 95 % interval is Student's."""
-    mean, n = np.mean(differences), len(differences)
-    error = STUDENT[n - 2] * np.std(differences, ddof=1) / n**0.5 if n > 1 else math.inf
-    return in_words(mean, mean - error, mean + error)
+def in_words(of_seeds, of_draws):
+    """ "+1.2 (+0.4 to +2.0; +0.1 to +2.2), ahead": if both intervals of 95 % are above 0. A dash in a gap.
 
-
-def in_words(mean, low, high):
-    """A mean and its 95 % interval. A dash in a gap; one seed has no interval."""
+    The first is Student's over the seeds, which share a dev set; one seed has none. The second is over the examples.
+    """
+    mean, n = np.mean(of_seeds), len(of_seeds)
     if np.isnan(mean):
         return "–"
-    word = "ahead" if low > 0 else "behind" if high < 0 else "level"
-    return f"{mean:+.1f}" + (f" ({low:+.1f} to {high:+.1f}), {word}" if math.isfinite(low) else "")
+    spans = [np.percentile(of_draws, [2.5, 97.5])]
+    if n > 1:
+        error = STUDENT[n - 2] * np.std(of_seeds, ddof=1) / n**0.5
+        spans.insert(0, (mean - error, mean + error))
+    lows, highs = zip(*spans)
+    word = "ahead" if min(lows) > 0 else "behind" if max(highs) < 0 else "level"
+    return f"{mean:+.1f} ({'; '.join(f'{low:+.1f} to {high:+.1f}' for low, high in spans)}), {word}"
 
 
 COLOURS = {DACT: "#0072B2", "DACT by entropy": "#56B4E9", "DeeBERT": "#D55E00", "FastBERT": "#009E73",
-           "PABEE": "#CC79A7", "BERxiT": "#999933", "PALBERT": "#882255", FIRST: "#E69F00"}  # fmt: skip
+           "PABEE": "#CC79A7", "BERxiT": "#999933", "PALBERT": "#882255", ONE_BLOCK: "#E69F00"}  # fmt: skip
 
 
 def draw(task, results):
@@ -405,7 +371,7 @@ def draw(task, results):
     for name in [name for name in COLOURS if name in results[0]["curves"]]:
         values = np.array([[at(result["curves"][name], saved) for saved in GRID] for result in results])
         mean, spread = values.mean(0), values.std(0, ddof=int(len(values) > 1))
-        colour, mark = COLOURS[name], "." if name == FIRST else None
+        colour, mark = COLOURS[name], "." if name == ONE_BLOCK else None
         line, width = ("-", 2) if "DACT" in name else ("--", 1.2)
         axis.plot(GRID, mean, line, marker=mark, color=colour, linewidth=width, label=name)
         axis.fill_between(GRID, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
