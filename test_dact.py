@@ -263,8 +263,8 @@ class LinearNeuron(dact.DactModule):
 def learned_halting(kind, steps=300):
     """h_1 where block 1 knows the log-odds s of the label, and block 2 the label: for s = -6, -0.5, 0.5, 6.
 
-    Learned by (3) and the heads' own loss, as in train.py. Where |s| = 6 the answer of block 1 costs 0.017 nats, less than the price
-    of 0.3 to go on; where it is 0.5, 0.66.
+    Learned by (3) and the heads' own loss, as in train.py. Where |s| = 6 the answer of block 1 costs 0.017 nats, less
+    than the price of 0.3 to go on; where it is 0.5, 0.66.
     """
     heads = nn.ModuleList(kind(16, 2) for _ in range(2))
     levels = torch.tensor([-6.0, -0.5, 0.5, 6.0])

@@ -89,12 +89,12 @@ def run(args, splits=None):
     without_dropout(adaptive.backbone)
     loss = partial(stage2_loss, tau=args.tau, head_loss=args.head_loss)
     seconds["stage2"] = fit("stage 2", adaptive.train(), loss, train_set, args, log)
-    save_model(args.out / "dact.pt", start._replace(model=adaptive.eval()))
+    save_model(args.out / "dact.pt", start._replace(model=adaptive))
 
     first = rank() == 0
     leave_processes()
     if first:
-        results = evaluate(stage1.to(args.device).eval(), adaptive, train_set, dev_set, args)
+        results = evaluate(stage1.to(args.device).eval(), adaptive.eval(), train_set, dev_set, args)
         report(results, args)
         results["seconds"] |= seconds  # of the dev set, and of training
         write_whole(args.out / "metrics.json", json.dumps(settings | results, indent=1).encode())

@@ -25,10 +25,9 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +47,8 @@ MOST_FOR_HALTING = 20_000  # examples that halting at another price learns on; e
 # ---- A finished run of train.py, opened -----------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """What a finished run left, and what it was made with."""
 
     folder: Path
@@ -61,8 +61,16 @@ class Run(NamedTuple):
     train_set: data.Dataset
     dev: data.Dataset
     splits: list  # both as `data.Examples`
-    vectors: object  # () -> `Vectors` of stage 1's backbone over the training set, computed at the first call
-    twice: object  # () -> this run with `longer` in the place of stage 1, made at the first call
+
+    @cached_property
+    def vectors(self):
+        """`Vectors` of stage 1's backbone over the training set."""
+        return cls_vectors(self.stage1.bert, self.train_set, self.args)
+
+    @cached_property
+    def twice(self):
+        """The run as if stage 1 had trained twice over: what `longer` leaves, and a folder for what is trained on it."""
+        return replace(self, stage1=longer(self), trained=self.trained / "longer")
 
     @property
     def N(self):
@@ -95,11 +103,9 @@ def open_run(folder, data_folder=None, splits=None):
     stage1, model = (saved.model.to(args.device) for saved in (first, second))
     splits = splits or data.load_task(args.task, args.data)
     train_set, dev_set = (second.dataset(split) for split in splits)
-    vectors = cache(partial(cls_vectors, stage1.bert, train_set, args))
     # Named after metrics.json, so that a run made anew meets nothing of the old one
     trained = args.out / f"paper-{hashlib.sha256((args.out / 'metrics.json').read_bytes()).hexdigest()[:8]}"
-    run = Run(args.out, trained, args, metrics, second, stage1, model, train_set, dev_set, splits, vectors, None)
-    return run._replace(twice=cache(partial(twice, run)))
+    return Run(args.out, trained, args, metrics, second, stage1, model, train_set, dev_set, splits)
 
 
 def read_metrics(folder):
@@ -386,7 +392,8 @@ def frozen(run, loss, name, epochs=None):
     heads = Ramps(run.N, run.stage1.classifier).to(run.args.device).train()
     heads.ramps[-1].eval().requires_grad_(False)
     settings = {"epochs": epochs, "precision": "float32"}  # heads are in full precision, always
-    return Exits(run.stage1.bert, trained(run, f"{name}-{epochs:g}", heads, as_stage(loss), run.vectors, **settings))
+    heads = trained(run, f"{name}-{epochs:g}", heads, as_stage(loss), lambda: run.vectors, **settings)
+    return Exits(run.stage1.bert, heads)
 
 
 def pabee(run, epochs=None):
@@ -421,13 +428,6 @@ def longer(run):
     model = copy.deepcopy(run.stage1).train()
     train.without_dropout(model.bert)
     return trained(run, "longer", model, train.stage1_loss, lambda: run.train_set)
-
-
-def twice(run):
-    """The run as if stage 1 had trained twice over: what `longer` left, and what is trained on it."""
-    model = longer(run)
-    vectors = cache(partial(cls_vectors, model.bert, run.train_set, run.args))
-    return run._replace(stage1=model, trained=run.trained / "longer", vectors=vectors)
 
 
 # ---- DACT at another price of a block -------------------------------------------------------------------------------
@@ -497,8 +497,8 @@ def learned_entropy_heads(run, exits, tied, S):
     """The third stage of section 3.1: on DeeBERT's ramps the confidence functions alone are trained, by (3), from S."""
 
     def logits():
-        (values,) = over(exits.heads, run.vectors(), run.args.device)
-        return replace(run.vectors(), values=values)
+        (values,) = over(exits.heads, run.vectors, run.args.device)
+        return replace(run.vectors, values=values)
 
     heads, name = entropy_heads(run.N, tied, S).to(run.args.device), f"entropy-{'tied' if tied else 'untied'}-{S:g}"
     # CHOICE: ten times the epochs and fifty times the rate: two numbers have far to go, and an epoch costs nothing.

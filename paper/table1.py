@@ -53,8 +53,8 @@ def main(argv):
             chosen = {name: found.get(name, 1) for name in SYSTEMS if name in found or name == DACT}
     name, splits = ("seed-0", None) if own.chosen else ("held-out", split_off_a_fifth(args))
     first = opened(args, splits, out=out / name, seed=0)
-    stages = 8 * own.seeds + 8 * (not own.chosen)  # about so many times its stage 2, with all systems
-    hours = stages * first.metrics["seconds"]["stage2"] / 3600
+    runs = own.seeds + (not own.chosen)  # each takes about 8 times its stage 2, with all systems
+    hours = 8 * runs * first.metrics["seconds"]["stage2"] / 3600
     print(f"about {hours:.1f} hours more, less what is finished; it can be interrupted")
     if not own.chosen:
         chosen = choose(first, SYSTEMS)
@@ -131,13 +131,13 @@ def logits_of(run, model):
 
 def deebert(run, factor):
     """factor: of the run's epochs, as everywhere below. Stage 1 is trained twice over, for DACT's backbone is, too."""
-    exits = baselines.deebert(run.twice(), factor * run.args.epochs)
+    exits = baselines.deebert(run.twice, factor * run.args.epochs)
     return by_entropy(run, *baselines.answers(exits, run.dev, run.args))
 
 
 def fastbert(run, factor):
     """The same. Its "speed" is the same knob in other units, S / log C."""
-    exits = baselines.frozen(run.twice(), baselines.fastbert_loss, "FastBERT", factor * run.args.epochs)
+    exits = baselines.frozen(run.twice, baselines.fastbert_loss, "FastBERT", factor * run.args.epochs)
     return by_entropy(run, *baselines.answers(exits, run.dev, run.args))
 
 
@@ -270,8 +270,9 @@ def measured(run, chosen):
             for S in (0.25, 0.5, 0.75):
                 labels, exit_block = outcome.leave(S)
                 rows[f"DeeBERT, S = {S:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
-    curves[ONE_BLOCK] = curve(run, one_block(run, outcome.logits))  # DACT is the last
-    rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, baselines.longer(run)).argmax(1)), 0.0]
+        if name == DACT:
+            curves[ONE_BLOCK] = curve(run, one_block(run, outcome.logits))
+    rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, run.twice.stage1).argmax(1)), 0.0]
     return {"labels": run.dev.labels.tolist(), "rows": rows, "curves": curves}
 
 

@@ -1,6 +1,7 @@
 """paper/attributions.py against hand calculation and captum; figure3.py and figure4.py on a short run."""
 
 import re
+from dataclasses import replace
 
 import attributions
 import baselines
@@ -175,7 +176,7 @@ def test_the_line_moves_words_alone_and_starts_at_their_baseline(run):
     assert attributions.baseline_token(run) == (0, "[PAD]")
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
     saved = run.saved._replace(tokenizer=bert.wordpiece_tokenizer(vocab))
-    assert attributions.baseline_token(run._replace(saved=saved)) == (4, "[MASK]")
+    assert attributions.baseline_token(replace(run, saved=saved)) == (4, "[MASK]")
 
 
 # ---- The figures ----------------------------------------------------------------------------------------------------

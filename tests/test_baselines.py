@@ -195,12 +195,12 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run, monkeyp
     assert not made
     for system in (baselines.deebert, fastbert):
         for exits in (system(run), system(run)):  # trained, and from its file
-            for cls, ramp in zip(run.vectors().values, exits.heads.ramps[:-1]):
+            for cls, ramp in zip(run.vectors.values, exits.heads.ramps[:-1]):
                 moved = ramp[0](cls)  # statistics of the last 20 batches, so that they differ a little
                 assert moved.mean(0).abs().max() < 0.3 and (moved.std(0) - 1).abs().max() < 0.3
     assert len(made) == 1
     for system in (baselines.deebert, fastbert):  # and on a backbone that has trained as long as DACT's
-        exits = system(run.twice())
+        exits = system(run.twice)
         assert same(weights(exits.backbone), weights(baselines.longer(run).bert))
         assert same(weights(exits.classifier), weights(baselines.longer(run).classifier))
     assert len(made) == 2

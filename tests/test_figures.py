@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +144,7 @@ def test_a_model_that_never_reaches_its_last_blocks_loses_nothing(run, tmp_path)
     """h_4 = 0: some leave before block 4 and all others there. Cut there, saved and loaded, the labels are the same."""
     halt = scattered(run.dact).heads[3].halt
     torch.nn.init.zeros_(halt.weight), torch.nn.init.constant_(halt.bias, -50.0)
-    run = run._replace(folder=tmp_path)
+    run = replace(run, folder=tmp_path)
     exit_block = early(run, run.dact, run.train_set).exit_block
     assert exit_block.min() < exit_block.max() == pruning.last_block_reached(run) == 4
     path = pruning.save_pruned(run, 4)
@@ -164,7 +165,7 @@ def test_a_model_that_needs_all_its_blocks_is_left_alone(run, tmp_path, capsys):
     for head in run.dact.heads:  # h = 1: nothing is ever safe to stop
         torch.nn.init.constant_(head.halt.bias, 50.0)
     shutil.copy(run.folder / "dact.pt", tmp_path)
-    run = run._replace(folder=tmp_path)
+    run = replace(run, folder=tmp_path)
     pruning.prune_run(run, None)
     assert "no block can be dropped" in capsys.readouterr().out and not (tmp_path / "pruned.pt").exists()
     pruning.prune_run(run, 2)  # forced
@@ -215,7 +216,7 @@ def test_from_which_price_on_no_block_is_worth_it_to_all(run, capsys, monkeypatc
     assert price.limit_of(run) == pytest.approx(0.3)
     monkeypatch.setattr(price, "TAUS", (0.05, 5.0))
     monkeypatch.setattr(
-        table1, "opened", lambda *_, tau, **__: run._replace(metrics=run.metrics | {"dact": {**early, "saved": tau}})
+        table1, "opened", lambda *_, tau, **__: replace(run, metrics=run.metrics | {"dact": {**early, "saved": tau}})
     )
     price.main([str(run.folder)])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip()[:1].isdigit()]
