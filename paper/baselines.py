@@ -3,7 +3,8 @@
     DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; the same exit, S in other units
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed an answer
-    BERxiT     (Xin et al., 2021)   the same training; exit when a learned unit says that the ramp's answer is right
+        BERxiT     (Xin et al., 2021)   the same, in turns with the last classifier alone; exit when a learned unit says that
+                                    the ramp's answer is right
     PALBERT    (Balagansky and Gavrilov, 2022)  backbone, ramps and a chance to stop (PonderNet) trained together; exit
                                     when the chance to have stopped passes q
     DACT at another price: its halting units trained anew, all else as stage 2 left it
@@ -245,54 +246,59 @@ def off_ramp(size, num_classes):
 
 
 class Ramps(nn.Module):
-    """An off-ramp after each of N blocks but the last, after which a copy of `classifier` answers."""
+    """An off-ramp after each of N blocks but the last, after which a copy of `classifier` answers.
+
+    All ramps start alike, as the authors' do, from the pooler. So one unit for all blocks finds alike what it reads.
+    """
 
     def __init__(self, N, classifier):
         super().__init__()
         num_classes, size = classifier.linear.weight.shape
-        ramps = [off_ramp(size, num_classes) for _ in range(N - 1)]
-        self.ramps = nn.ModuleList([*ramps, copy.deepcopy(classifier)])
+        ramp = off_ramp(size, num_classes)
+        self.ramps = nn.ModuleList([*(copy.deepcopy(ramp) for _ in range(N - 1)), copy.deepcopy(classifier)])
 
     def forward(self, cls):
         """-> (logits (N, B, C),)"""
         return (torch.stack([ramp(cls_n) for ramp, cls_n in zip(self.ramps, cls)]),)
 
+    def hidden(self, cls):
+        """What the last layers of the ramps read, (N - 1, B, D)."""
+        return torch.stack([ramp[:-1](cls_n) for ramp, cls_n in zip(self.ramps[:-1], cls)])
+
 
 class PalbertHeads(Ramps):
-    """`Ramps` with a chance to stop, λ_n = σ(z_n): z_n from [CLS] of blocks n and n - 1, by one unit for all blocks.
+    """`Ramps` with a chance to stop, λ_n = σ(z_n), by one unit for all blocks; it reads ramps n and n - 1.
 
     The unit is that of the authors' code (github.com/tinkoff-ai/palbert, "linear_cat"), and so is the 0 before block 1.
     """
 
-    def __init__(self, N, classifier):
+    def __init__(self, N, classifier, prior=0.1):
         super().__init__(N, classifier)
         D = classifier.linear.in_features
-        self.scales = nn.ModuleList(dact.Scale(D) for _ in range(N))
         hidden = [layer for _ in range(3) for layer in (nn.Linear(2 * D, 2 * D), nn.Tanh())]
         self.stop = nn.Sequential(*hidden, nn.Linear(2 * D, 1))
+        # CHOICE: it starts near the prior. From λ = 1/2, 7/8 of the loss would lie on the first three ramps.
+        nn.init.constant_(self.stop[-1].bias, math.log(prior / (1 - prior)))
 
     def forward(self, cls):
-        """-> logits (N, B, C), z (N, B)."""
-        now = torch.stack([scale(cls_n) for scale, cls_n in zip(self.scales, cls)])  # (N, B, D)
+        """-> logits (N, B, C), z (N, B); 0 for the last block, where all stop."""
+        now = self.hidden(cls)
         before = torch.cat([torch.zeros_like(now[:1]), now[:-1]])
-        return *super().forward(cls), self.stop(torch.cat([now, before], -1)).squeeze(-1)
+        z = self.stop(torch.cat([now, before], -1)).squeeze(-1)
+        return *super().forward(cls), torch.cat([z, torch.zeros_like(z[:1])])
 
 
-class BerxitHeads(nn.Module):
-    """BERxiT's: on trained `Ramps` one linear unit for all blocks, which reads what a ramp's last layer reads."""
+class BerxitHeads(Ramps):
+    """`Ramps` with one linear unit for all blocks, which reads what a ramp's last layer reads."""
 
-    def __init__(self, ramps):
-        super().__init__()
-        self.ramps = ramps.ramps
-        self.unit = nn.Linear(self.ramps[-1].linear.in_features, 1)
+    def __init__(self, N, classifier):
+        super().__init__(N, classifier)
+        self.unit = nn.Linear(classifier.linear.in_features, 1)
 
     def forward(self, cls):
         """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last."""
-        *ramps, last = self.ramps
-        hidden = torch.stack([ramp[:-1](cls_n) for ramp, cls_n in zip(ramps, cls)])  # (N - 1, B, D)
-        logits = [*(ramp[-1](of_ramp) for ramp, of_ramp in zip(ramps, hidden)), last(cls[-1])]
-        u = self.unit(hidden).squeeze(-1)
-        return torch.stack(logits), torch.cat([u, torch.zeros_like(u[:1])])
+        u = self.unit(self.hidden(cls)).squeeze(-1)
+        return *super().forward(cls), torch.cat([u, torch.zeros_like(u[:1])])
 
 
 class Exits(nn.Module):
@@ -334,12 +340,14 @@ def pabee_loss(logits, labels):
 
 
 def berxit_loss(logits, u, labels):
-    """Of the learned exit alone: Σ over the ramps of (σ(u_n) - [ramp n is wrong])², a mean over the batch.
+    """The last classifier's cross-entropy; in every other batch Σ over the ramps of L_n + (σ(u_n) - [n is wrong])², too.
 
-    0 and 1 as in the paper; the authors' code (github.com/castorini/berxit) aims at 0.01 and 0.63.
+    0 and 1 as in the paper; the authors' code (github.com/castorini/berxit) has other aims, too.
     """
+    losses = torch.stack([F.cross_entropy(logits_n, labels) for logits_n in logits])
     wrong = (logits.argmax(-1) != labels).float()
-    return (u.sigmoid() - wrong)[:-1].square().mean(1).sum()
+    of_ramps = losses[:-1] + (u.sigmoid() - wrong)[:-1].square().mean(1)
+    return losses[-1] + torch.randint(2, ()) * of_ramps.sum()  # CHOICE: a toss, where their code takes turns
 
 
 def palbert_loss(logits, z, labels, prior=0.1, beta=0.5):
@@ -396,31 +404,17 @@ def frozen(run, loss, name, epochs=None):
     return Exits(run.stage1.bert, heads)
 
 
-def pabee(run, epochs=None):
-    """The run's PABEE: backbone and ramps together. epochs: by default the run's."""
-    return joint(run, Ramps, pabee_loss, "PABEE", epochs)
+JOINT = {"PABEE": (Ramps, pabee_loss), "BERxiT": (BerxitHeads, berxit_loss), "PALBERT": (PalbertHeads, palbert_loss)}
 
 
-def joint(run, heads, loss, name, epochs=None):
-    """An `Exits` whose backbone and heads train together."""
-    # DIFFERS: from stage 1's weights, as DACT, where the papers start from the pretrained ones.
-    epochs = epochs or run.args.epochs
+def joint(run, name):
+    """The run's PABEE, BERxiT or PALBERT, an `Exits`: backbone and heads train together, as long as DACT's stage 2."""
+    # DIFFERS: from stage 1's weights and without dropout, as DACT; the papers start from the pretrained weights.
+    heads, loss = JOINT[name]
     torch.manual_seed(run.args.seed)
     model = Exits(copy.deepcopy(run.stage1.bert), heads(run.N, run.stage1.classifier)).to(run.args.device)
     train.without_dropout(model.backbone)
-    return trained(run, f"{name}-{epochs:g}", model.train(), as_stage(loss), lambda: run.train_set, epochs=epochs)
-
-
-def berxit(run, epochs=None):
-    """The run's BERxiT: `BerxitHeads` on the ramps of its PABEE, whose losses are weighted as BERxiT's can be."""
-    # CHOICE: the unit learns after all else, over cached vectors, for three times the epochs.
-    exits = pabee(run, epochs)
-    torch.manual_seed(run.args.seed)
-    heads = BerxitHeads(exits.heads).to(run.args.device).eval().requires_grad_(False)
-    heads.unit.requires_grad_(True)
-    name, settings = f"BERxiT-{epochs or run.args.epochs:g}", {"epochs": 3 * run.args.epochs, "precision": "float32"}
-    vectors = partial(cls_vectors, exits.backbone, run.train_set, run.args)
-    return Exits(exits.backbone, trained(run, name, heads, as_stage(berxit_loss), vectors, **settings))
+    return trained(run, name, model.train(), as_stage(loss), lambda: run.train_set)
 
 
 def longer(run):

@@ -5,8 +5,8 @@
 
 Everything is made by this one command and kept in --out: a run of train.py for every seed (seed-0, seed-1, ...), the
 other systems trained beside each, and one run more (held-out) of seed 0 that never sees a fifth of the training set. On
-that fifth the free settings of every rival are chosen: the one with the greatest area under its curve. DACT is as it
-is shipped. Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
+that fifth it is chosen how long ramps learn on a frozen backbone: the greatest area under a curve wins. All backbones
+train as long as DACT's. Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
 
 A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear
 between the points that it reaches. Where two neighbours lie more than 17 % apart, no setting of the knob leads between
@@ -130,7 +130,7 @@ def logits_of(run, model):
 
 
 def deebert(run, factor):
-    """factor: of the run's epochs, as everywhere below. Stage 1 is trained twice over, for DACT's backbone is, too."""
+    """factor: of the run's epochs. Stage 1 is trained twice over, for DACT's backbone is, too."""
     exits = baselines.deebert(run.twice, factor * run.args.epochs)
     return by_entropy(run, *baselines.answers(exits, run.dev, run.args))
 
@@ -141,22 +141,20 @@ def fastbert(run, factor):
     return by_entropy(run, *baselines.answers(exits, run.dev, run.args))
 
 
-def pabee(run, factor):
-    (logits,) = baselines.answers(baselines.pabee(run, factor * run.args.epochs), run.dev, run.args)
+def pabee(run, _):
+    (logits,) = baselines.answers(baselines.joint(run, "PABEE"), run.dev, run.args)
     confirmed = baselines.confirmations(logits)
     steps = list(range(1 - run.N, 1))  # t = -x; t = 0: after block 1
     return Outcome(logits, lambda x: baselines.leave(logits, confirmed >= -x), steps)
 
 
-def berxit(run, factor):
-    logits, u = baselines.answers(baselines.berxit(run, factor * run.args.epochs), run.dev, run.args)
+def berxit(run, _):
+    logits, u = baselines.answers(baselines.joint(run, "BERxiT"), run.dev, run.args)
     return Outcome(logits, lambda x: baselines.leave(logits, u.sigmoid() < x), [0.0, 1.001])
 
 
-def palbert(run, factor):
-    kind = baselines.PalbertHeads, baselines.palbert_loss, "PALBERT"
-    exits = baselines.joint(run, *kind, factor * run.args.epochs)
-    logits, z = baselines.answers(exits, run.dev, run.args)
+def palbert(run, _):
+    logits, z = baselines.answers(baselines.joint(run, "PALBERT"), run.dev, run.args)
     stopped = baselines.exit_chances(z).cumsum(0)
     return Outcome(logits, lambda x: baselines.leave(logits, stopped >= 1 - x), [0.0, 1.0])
 
@@ -170,17 +168,18 @@ def dact_over_tau(run, _):
     return Outcome(y.clamp(min=1e-30).log(), lambda tau: baselines.leave_by_rule(*found[tau]), sorted(found))
 
 
-RAMPS, WHOLE = (1 / 3, 1, 2), (1, 2)
+RAMPS = (1 / 3, 1, 2)
 # {system: (run, setting -> `Outcome`, trained beside the run or loaded; the settings to choose from)}
 SYSTEMS = {
     "DeeBERT": (deebert, RAMPS),
     "FastBERT": (fastbert, RAMPS),
-    "PABEE": (pabee, WHOLE),
-    "BERxiT": (berxit, WHOLE),
-    "PALBERT": (palbert, WHOLE),
+    "PABEE": (pabee, (1,)),
+    "BERxiT": (berxit, (1,)),
+    "PALBERT": (palbert, (1,)),
     DACT: (dact_over_tau, (1,)),
 }
-LEARNED = ("PABEE", "BERxiT", "PALBERT", DACT)  # their heads leave by their entropy, too, in a row of their own
+JOINT = (*baselines.JOINT, DACT)  # their heads leave by their entropy, too, in a row of their own
+PUBLISHED = {"DeeBERT": ("S", (0.25, 0.5, 0.75)), "PALBERT": ("q", (0.5,))}  # what the papers set their knobs to
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------
@@ -264,12 +263,13 @@ def measured(run, chosen):
         print(f"{run.folder}: {name}, system {number} of {len(chosen)}")
         outcome = SYSTEMS[name][0](run, setting)
         curves[name] = curve(run, outcome)
-        if name in LEARNED:
+        if name in JOINT:
             curves[entropy_of(name)] = curve(run, by_entropy(run, outcome.logits))
-        if name == "DeeBERT":
-            for S in (0.25, 0.5, 0.75):
-                labels, exit_block = outcome.leave(S)
-                rows[f"DeeBERT, S = {S:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
+        knob, values = PUBLISHED.get(name, ("", ()))
+        for x in values:  # PALBERT's x is 1 - q, and q is 1/2
+            labels, exit_block = outcome.leave(x)
+            rows[f"{name}, {knob} = {x:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
+
         if name == DACT:
             curves[ONE_BLOCK] = curve(run, one_block(run, outcome.logits))
     rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, run.twice.stage1).argmax(1)), 0.0]
@@ -330,7 +330,7 @@ def differences(results, task, draws=1000):
     by_draw = {name: np.mean([[drawn(points, saved) for saved in DEPTHS.values()] for points in of_seeds], axis=0).T
                for name, of_seeds in curves.items()}  # fmt: skip
     pairs = [(DACT, name) for name in curves if name != DACT]
-    pairs += [(name, entropy_of(name)) for name in curves if name in LEARNED and name != DACT]
+    pairs += [(name, entropy_of(name)) for name in curves if name in JOINT and name != DACT]
     return {f"{a} less {b}": (by_seed[a] - by_seed[b], by_draw[a] - by_draw[b]) for a, b in pairs}
 
 

@@ -37,7 +37,7 @@ def weights(module):
 
 
 fastbert = partial(baselines.frozen, loss=baselines.fastbert_loss, name="FastBERT")
-palbert = partial(baselines.joint, heads=baselines.PalbertHeads, loss=baselines.palbert_loss, name="PALBERT")
+pabee, berxit, palbert = (partial(baselines.joint, name=name) for name in ("PABEE", "BERxiT", "PALBERT"))
 
 
 def same(first, second):
@@ -83,10 +83,14 @@ def test_losses_by_hand():
     assert baselines.fastbert_loss(logits[[2, 2, 2]], label).item() == pytest.approx(0, abs=1e-12)
     expected = (1 * -ln(0.5) + 2 * -ln(0.1) + 3 * -ln(0.2)) / 6
     assert baselines.pabee_loss(logits, label).item() == pytest.approx(expected)
-    # BERxiT: class 1 is wrong by ramps 1 (a draw goes to class 0) and 2, so their targets are 1; the last block has none
+        # BERxiT: class 1 is wrong by ramps 1 (a draw goes to class 0) and 2, so their targets are 1; the last block has none
     u = torch.tensor([[0.0], [ln(0.25 / 0.75)], [9.0]], dtype=torch.float64)
-    assert baselines.berxit_loss(logits, u, label).item() == pytest.approx((0.5 - 1) ** 2 + (0.25 - 1) ** 2)
-    assert baselines.berxit_loss(logits, u, 1 - label).item() == pytest.approx(0.5**2 + 0.25**2)
+    for aim, last, ramps in ((1, -ln(0.2), -ln(0.5) - ln(0.1)), (0, -ln(0.8), -ln(0.5) - ln(0.9))):
+        unit = (0.5 - aim) ** 2 + (0.25 - aim) ** 2
+        found = [baselines.berxit_loss(logits, u, label if aim else 1 - label).item() for _ in range(200)]
+        both = pytest.approx(last), pytest.approx(last + ramps + unit)
+        assert all(x in both for x in found) and 60 < sum(x == both[0] for x in found) < 140
+
 
 
 def test_palbert_by_hand():
@@ -143,7 +147,7 @@ def test_bisection_finds_a_depth():
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", [baselines.deebert, fastbert, baselines.pabee, palbert, baselines.berxit])
+@pytest.mark.parametrize("system", [baselines.deebert, fastbert, pabee, berxit, palbert])
 def test_what_shall_learn_learns_and_what_is_frozen_stays(run, system, monkeypatch):
     """Learned anew it is the same, and from its file, when nothing is left to learn."""
     start, joint = weights(run.stage1), system not in (baselines.deebert, fastbert)
@@ -187,10 +191,10 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run, monkeyp
     for module in run.stage1.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # which the toy does not have
-    pabee, batches = baselines.pabee(run), -(-len(run.train_set) // 16)  # one epoch of each
+        joint, batches = pabee(run), -(-len(run.train_set) // 16)  # one epoch of each
     assert all(head.scale.steps == batches for head in run.dact.heads)
-    assert all(ramp[0].steps == batches for ramp in pabee.heads.ramps[:-1])
-    for model in (pabee.backbone, baselines.longer(run).bert):
+    assert all(ramp[0].steps == batches for ramp in joint.heads.ramps[:-1])
+    for model in (joint.backbone, baselines.longer(run).bert):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     assert not made
     for system in (baselines.deebert, fastbert):
@@ -207,7 +211,7 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run, monkeyp
 
 
 def test_the_last_classifier_learns_as_the_backbone_does(run):
-    for system in (baselines.pabee, palbert):
+    for system in (pabee, palbert):
         exits = system(run)
         groups = train.parameter_groups(exits, argparse.Namespace(lr=1.0, head_lr=2.0))
         slow = [p for group in groups if group["peak_lr"] == 1.0 for p in group["params"]]
@@ -215,15 +219,17 @@ def test_the_last_classifier_learns_as_the_backbone_does(run):
         assert {*map(id, slow)} == {*map(id, expected)}
 
 
-def test_palbert_reads_this_block_and_the_one_before(run):
+def test_palbert_reads_this_ramp_and_the_one_before(run):
     """Three times linear and tanh, then linear, the same for all blocks; before block 1 stands 0."""
     torch.manual_seed(0)
     heads = baselines.PalbertHeads(run.N, run.stage1.classifier).eval()
     vectors = baselines.cls_vectors(run.stage1.bert, run.dev, run.args)
     logits, z = baselines.over(heads, vectors, "cpu")
-    scaled = [scale(cls) for scale, cls in zip(heads.scales, vectors.values)]
-    for n in (1, 2, 6):
-        x = torch.cat([scaled[n - 1], scaled[n - 2] if n > 1 else torch.zeros_like(scaled[0])], 1)
+    read = [ramp[2](ramp[1](ramp[0](cls))) for ramp, cls in zip(heads.ramps[:-1], vectors.values)]
+    assert z.sigmoid()[:-1].mean() == pytest.approx(0.1, abs=0.03) and (z[-1] == 0).all()  # it starts near the prior
+    for n in (1, 2, 5):
+        x = torch.cat([read[n - 1], read[n - 2] if n > 1 else torch.zeros_like(read[0])], 1)
+
         for linear in (heads.stop[0], heads.stop[2], heads.stop[4]):
             assert linear.weight.shape == (2 * 64, 2 * 64)
             x = torch.tanh(x @ linear.weight.T + linear.bias)
@@ -232,18 +238,25 @@ def test_palbert_reads_this_block_and_the_one_before(run):
     assert len(heads.stop) == 7 and logits.shape == (6, len(run.dev), 2)
 
 
-def test_berxit_is_pabee_with_a_unit_that_learned_alone(run):
-    pabee, learned = baselines.pabee(run), baselines.berxit(run)
-    assert same(weights(pabee.backbone), weights(learned.backbone))
-    assert same(weights(pabee.heads.ramps), weights(learned.heads.ramps))
+def test_berxits_unit_is_one_for_all_ramps_and_learns_with_them(run):
+    learned = berxit(run)
     torch.manual_seed(run.args.seed)
-    assert not same(weights(baselines.BerxitHeads(pabee.heads).unit), weights(learned.heads.unit))
+    assert not same(weights(baselines.BerxitHeads(run.N, run.stage1.classifier).unit), weights(learned.heads.unit))
     logits, u = baselines.answers(learned, run.dev, run.args)
-    torch.testing.assert_close(logits, *baselines.answers(pabee, run.dev, run.args), atol=1e-5, rtol=1e-5)
-    cls = baselines.cls_vectors(pabee.backbone, run.dev, run.args).values[2]
-    expected = learned.heads.unit(pabee.heads.ramps[2][:-1](cls)).squeeze(1)
-    torch.testing.assert_close(u[2], expected, atol=1e-4, rtol=1e-4)
+    cls = baselines.cls_vectors(learned.backbone, run.dev, run.args).values
+    for n in (1, 3):
+        read = learned.heads.ramps[n - 1][:-1](cls[n - 1])
+        torch.testing.assert_close(u[n - 1], learned.heads.unit(read).squeeze(1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[n - 1], learned.heads.ramps[n - 1][-1](read), atol=1e-4, rtol=1e-4)
     assert u.shape == (6, len(run.dev)) and (u[-1] == 0).all() and (u[:-1] != 0).any()
+
+
+def test_all_ramps_start_alike_and_learn_apart(run):
+    first, *others = baselines.Ramps(run.N, run.stage1.classifier).ramps[:-1]
+    assert all(same(weights(first), weights(ramp)) for ramp in others)
+    first, *others = baselines.deebert(run).heads.ramps[:-1]
+    assert not any(same(weights(first), weights(ramp)) for ramp in others)
+
 
 
 def test_the_longer_base_goes_on_from_stage_1(run):
@@ -266,7 +279,7 @@ def test_precision(run, monkeypatch):
             assert output.dtype == torch.bfloat16 if name == "longer" else output[0].dtype == torch.float32
 
     monkeypatch.setattr(train, "fit", fit)
-    for system in (baselines.deebert, fastbert, baselines.pabee, palbert, baselines.longer):
+    for system in (baselines.deebert, fastbert, pabee, palbert, baselines.longer):
         system(run)
     assert {name for name, precision in used.items() if precision == "float32"} == {"DeeBERT", "FastBERT"}
 
