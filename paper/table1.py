@@ -296,7 +296,8 @@ def markdown(run, chosen, results):
     lines += heading("blocks saved", "chosen: times the epochs")
     for name in results[0]["curves"]:
         cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name]) for result in results)))
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{chosen[name]:.3g}' if name in chosen else ''} |")
+        setting = f"{chosen[name]:.3g}" if name in chosen and name not in JOINT else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {setting} |")
     lines += heading("difference (95 %: over the seeds; over the examples)")
     for what, (of_seeds, of_draws) in differences(results, task).items():
         lines.append(f"| {what} | {' | '.join(map(in_words, of_seeds.T, of_draws.T))} |")

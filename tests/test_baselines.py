@@ -83,14 +83,13 @@ def test_losses_by_hand():
     assert baselines.fastbert_loss(logits[[2, 2, 2]], label).item() == pytest.approx(0, abs=1e-12)
     expected = (1 * -ln(0.5) + 2 * -ln(0.1) + 3 * -ln(0.2)) / 6
     assert baselines.pabee_loss(logits, label).item() == pytest.approx(expected)
-        # BERxiT: class 1 is wrong by ramps 1 (a draw goes to class 0) and 2, so their targets are 1; the last block has none
+    # BERxiT: class 1 is wrong by ramps 1 (a draw goes to class 0) and 2, so their targets are 1; the last block has none
     u = torch.tensor([[0.0], [ln(0.25 / 0.75)], [9.0]], dtype=torch.float64)
     for aim, last, ramps in ((1, -ln(0.2), -ln(0.5) - ln(0.1)), (0, -ln(0.8), -ln(0.5) - ln(0.9))):
         unit = (0.5 - aim) ** 2 + (0.25 - aim) ** 2
         found = [baselines.berxit_loss(logits, u, label if aim else 1 - label).item() for _ in range(200)]
         both = pytest.approx(last), pytest.approx(last + ramps + unit)
         assert all(x in both for x in found) and 60 < sum(x == both[0] for x in found) < 140
-
 
 
 def test_palbert_by_hand():
@@ -256,7 +255,6 @@ def test_all_ramps_start_alike_and_learn_apart(run):
     assert all(same(weights(first), weights(ramp)) for ramp in others)
     first, *others = baselines.deebert(run).heads.ramps[:-1]
     assert not any(same(weights(first), weights(ramp)) for ramp in others)
-
 
 
 def test_the_longer_base_goes_on_from_stage_1(run):
@@ -443,7 +441,11 @@ def test_table_1_from_nothing(tmp_path, capsys, monkeypatch):
     found = tables[0]
     for row, name in (("DACT, rule (4)", "dact"), ("DACT, exact rule", "exact_rule")):
         assert found["rows"][row] == [run.metrics[name]["accuracy"], run.metrics[name]["saved"]]
-    assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
+        assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
+    _, z = baselines.answers(palbert(run), run.dev, run.args)
+    blocks = (baselines.exit_chances(z).cumsum(0) < 0.5).sum(0) + 1
+    assert found["rows"]["PALBERT, q = 0.50"][1] == pytest.approx(train.blocks_used(blocks, 6)["saved"])
+
     one_block = found["curves"]["DACT, one block for all"]
     assert [point[:3:2] for point in one_block] == [[pytest.approx(100 * k / 6), pytest.approx(0)] for k in range(6)]
     for points in found["curves"].values():
