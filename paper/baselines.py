@@ -3,7 +3,7 @@
     DeeBERT    (Xin et al., 2020)   off-ramps trained alone on the frozen backbone of stage 1; exit when entropy < S
     FastBERT   (Liu et al., 2020)   the same ramps, imitating the last classifier; the same exit, S in other units
     PABEE      (Zhou et al., 2020)  backbone and ramps trained together; exit when t blocks in a row confirmed an answer
-        BERxiT     (Xin et al., 2021)   the same, in turns with the last classifier alone; exit when a learned unit says that
+    BERxiT     (Xin et al., 2021)   the same, in turns with the last classifier alone; exit when a learned unit says that
                                     the ramp's answer is right
     PALBERT    (Balagansky and Gavrilov, 2022)  backbone, ramps and a chance to stop (PonderNet) trained together; exit
                                     when the chance to have stopped passes q
@@ -11,8 +11,8 @@
     longer     stage 1 twice over: the control for what DACT's second stage gains by training longer
     generality (section 3.1)        DeeBERT inside DACT: the halting value is a logistic regression on the entropy
 
-All but "longer" are heads that read the [CLS] vectors of all blocks. What every block says is computed
-once for a whole dev set, and where an example would leave is read off it: `leave`. (DACT itself really leaves early, in
+All but "longer" are heads that read the [CLS] vectors of all blocks. What every block says is computed once for a whole
+dev set, and where an example would leave is read off it: `leave`. (DACT itself really leaves early, in
 train.py and speed.py.) Heads whose backbone is frozen learn on vectors that are computed once.
 Shapes: B sequences, C classes, D hidden size, N blocks, n = 1 .. N; n examples of a dataset.
 """
@@ -259,11 +259,17 @@ class Ramps(nn.Module):
 
     def forward(self, cls):
         """-> (logits (N, B, C),)"""
-        return (torch.stack([ramp(cls_n) for ramp, cls_n in zip(self.ramps, cls)]),)
+        return self.read(cls)[:1]
 
-    def hidden(self, cls):
-        """What the last layers of the ramps read, (N - 1, B, D)."""
-        return torch.stack([ramp[:-1](cls_n) for ramp, cls_n in zip(self.ramps[:-1], cls)])
+    def read(self, cls):
+        """-> logits (N, B, C), what the last layers of the ramps read (N - 1, B, D)."""
+        *ramps, last = self.ramps
+        hidden = torch.stack([ramp[:-1](cls_n) for ramp, cls_n in zip(ramps, cls)])
+        logits = torch.stack([*(ramp[-1](of_ramp) for ramp, of_ramp in zip(ramps, hidden)), last(cls[-1])])
+        return logits, hidden
+
+
+PRIOR = math.log(0.1 / 0.9)  # log-odds of PALBERT's prior chance to stop, after every block
 
 
 class PalbertHeads(Ramps):
@@ -272,20 +278,20 @@ class PalbertHeads(Ramps):
     The unit is that of the authors' code (github.com/tinkoff-ai/palbert, "linear_cat"), and so is the 0 before block 1.
     """
 
-    def __init__(self, N, classifier, prior=0.1):
+    def __init__(self, N, classifier):
         super().__init__(N, classifier)
         D = classifier.linear.in_features
         hidden = [layer for _ in range(3) for layer in (nn.Linear(2 * D, 2 * D), nn.Tanh())]
         self.stop = nn.Sequential(*hidden, nn.Linear(2 * D, 1))
         # CHOICE: it starts near the prior. From λ = 1/2, 7/8 of the loss would lie on the first three ramps.
-        nn.init.constant_(self.stop[-1].bias, math.log(prior / (1 - prior)))
+        nn.init.constant_(self.stop[-1].bias, PRIOR)
 
     def forward(self, cls):
         """-> logits (N, B, C), z (N, B); 0 for the last block, where all stop."""
-        now = self.hidden(cls)
+        logits, now = self.read(cls)
         before = torch.cat([torch.zeros_like(now[:1]), now[:-1]])
         z = self.stop(torch.cat([now, before], -1)).squeeze(-1)
-        return *super().forward(cls), torch.cat([z, torch.zeros_like(z[:1])])
+        return logits, torch.cat([z, torch.zeros_like(z[:1])])
 
 
 class BerxitHeads(Ramps):
@@ -297,8 +303,9 @@ class BerxitHeads(Ramps):
 
     def forward(self, cls):
         """-> logits (N, B, C), u (N, B): the log-odds that block n's answer is wrong; 0 for the last."""
-        u = self.unit(self.hidden(cls)).squeeze(-1)
-        return *super().forward(cls), torch.cat([u, torch.zeros_like(u[:1])])
+        logits, hidden = self.read(cls)
+        u = self.unit(hidden).squeeze(-1)
+        return logits, torch.cat([u, torch.zeros_like(u[:1])])
 
 
 class Exits(nn.Module):
@@ -342,7 +349,7 @@ def pabee_loss(logits, labels):
 def berxit_loss(logits, u, labels):
     """The last classifier's cross-entropy; in every other batch Σ over the ramps of L_n + (σ(u_n) - [n is wrong])², too.
 
-    0 and 1 as in the paper; the authors' code (github.com/castorini/berxit) has other aims, too.
+    0 and 1 as in the paper; the authors' code (github.com/castorini/berxit) has others, too.
     """
     losses = torch.stack([F.cross_entropy(logits_n, labels) for logits_n in logits])
     wrong = (logits.argmax(-1) != labels).float()
@@ -350,10 +357,10 @@ def berxit_loss(logits, u, labels):
     return losses[-1] + torch.randint(2, ()) * of_ramps.sum()  # CHOICE: a toss, where their code takes turns
 
 
-def palbert_loss(logits, z, labels, prior=0.1, beta=0.5):
+def palbert_loss(logits, z, labels, beta=0.5):
     """Σ p_n L_n + β KL(geometric prior || p), a mean over the batch; p: `exit_chances`, L_n: cross-entropies."""
     p, losses = exit_chances(z), torch.stack([F.cross_entropy(each, labels, reduction="none") for each in logits])
-    wanted = exit_chances(torch.full((len(z), 1), math.log(prior / (1 - prior)), device=z.device))
+    wanted = exit_chances(torch.full((len(z), 1), PRIOR, device=z.device))
     divergence = wanted * (wanted.log() - p.clamp(min=1e-8).log())
     return (p * losses + beta * divergence).sum(0).mean()
 

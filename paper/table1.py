@@ -6,7 +6,8 @@
 Everything is made by this one command and kept in --out: a run of train.py for every seed (seed-0, seed-1, ...), the
 other systems trained beside each, and one run more (held-out) of seed 0 that never sees a fifth of the training set. On
 that fifth it is chosen how long ramps learn on a frozen backbone: the greatest area under a curve wins. All backbones
-train as long as DACT's. Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and table1.png.
+train as long as DACT's. Dev labels choose nothing. An interrupted command goes on where it was. Leaves table1.md and
+table1.png.
 
 A curve is the task's first metric over the blocks saved, from 0 to 90 %, as one knob of the system is turned: linear
 between the points that it reaches. Where two neighbours lie more than 17 % apart, no setting of the knob leads between
@@ -269,7 +270,6 @@ def measured(run, chosen):
         for x in values:  # PALBERT's x is 1 - q, and q is 1/2
             labels, exit_block = outcome.leave(x)
             rows[f"{name}, {knob} = {x:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
-
         if name == DACT:
             curves[ONE_BLOCK] = curve(run, one_block(run, outcome.logits))
     rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, run.twice.stage1).argmax(1)), 0.0]

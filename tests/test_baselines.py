@@ -190,10 +190,13 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run, monkeyp
     for module in run.stage1.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # which the toy does not have
-        joint, batches = pabee(run), -(-len(run.train_set) // 16)  # one epoch of each
+        joint, batches = (
+            [system(run) for system in (pabee, berxit, palbert)],
+            -(-len(run.train_set) // 16),
+        )  # an epoch each
     assert all(head.scale.steps == batches for head in run.dact.heads)
-    assert all(ramp[0].steps == batches for ramp in joint.heads.ramps[:-1])
-    for model in (joint.backbone, baselines.longer(run).bert):
+    assert all(ramp[0].steps == batches for exits in joint for ramp in exits.heads.ramps[:-1])
+    for model in (*(exits.backbone for exits in joint), baselines.longer(run).bert):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     assert not made
     for system in (baselines.deebert, fastbert):
@@ -441,11 +444,10 @@ def test_table_1_from_nothing(tmp_path, capsys, monkeypatch):
     found = tables[0]
     for row, name in (("DACT, rule (4)", "dact"), ("DACT, exact rule", "exact_rule")):
         assert found["rows"][row] == [run.metrics[name]["accuracy"], run.metrics[name]["saved"]]
-        assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
+    assert found["rows"]["DeeBERT, S = 0.75"][1] == pytest.approx(100 * 5 / 6)
     _, z = baselines.answers(palbert(run), run.dev, run.args)
     blocks = (baselines.exit_chances(z).cumsum(0) < 0.5).sum(0) + 1
     assert found["rows"]["PALBERT, q = 0.50"][1] == pytest.approx(train.blocks_used(blocks, 6)["saved"])
-
     one_block = found["curves"]["DACT, one block for all"]
     assert [point[:3:2] for point in one_block] == [[pytest.approx(100 * k / 6), pytest.approx(0)] for k in range(6)]
     for points in found["curves"].values():
