@@ -44,6 +44,7 @@ import data
 import train
 
 MOST_FOR_HALTING = 20_000  # examples that halting at another price learns on; each takes 4 N D bytes of memory
+PRIOR = math.log(0.1 / 0.9)  # log-odds of PALBERT's prior chance to stop, after every block
 
 # ---- A finished run of train.py, opened -----------------------------------------------------------------------------
 
@@ -267,9 +268,6 @@ class Ramps(nn.Module):
         hidden = torch.stack([ramp[:-1](cls_n) for ramp, cls_n in zip(ramps, cls)])
         logits = torch.stack([*(ramp[-1](of_ramp) for ramp, of_ramp in zip(ramps, hidden)), last(cls[-1])])
         return logits, hidden
-
-
-PRIOR = math.log(0.1 / 0.9)  # log-odds of PALBERT's prior chance to stop, after every block
 
 
 class PalbertHeads(Ramps):
