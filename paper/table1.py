@@ -332,6 +332,7 @@ def differences(results, task, draws=1000):
                for name, of_seeds in curves.items()}  # fmt: skip
     pairs = [(DACT, name) for name in curves if name != DACT]
     pairs += [(name, entropy_of(name)) for name in curves if name in JOINT and name != DACT]
+    pairs += [(entropy_of(DACT), name) for name in curves if name in ("DeeBERT", "FastBERT")]  # other heads
     return {f"{a} less {b}": (by_seed[a] - by_seed[b], by_draw[a] - by_draw[b]) for a, b in pairs}
 
 

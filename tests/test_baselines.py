@@ -566,6 +566,7 @@ def test_the_tables_over_seeds():
     assert "| DACT, rule (4) | 60.5 ± 1.0 | 59.7 ± 1.0 | 58.0 ± 1.0 | – |" in text
     assert "| DACT, rule (4) less DeeBERT | +3.0 (+0.5 to +5.5; +" in text and "), ahead | – |" in text
     assert "| DACT, rule (4) less DACT by entropy | -1.0 (-3.5 to +1.5; +0.0 to +0.0), level |" in text
+    assert "| DACT by entropy less DeeBERT |" in text
     assert "| DACT, rule (4) | 4.0 ± 1.0 | 4.0 ± 1.0 | 4.0 ± 1.0 | – |" in text  # over chance
     _, over_examples = table1.differences(results, "rte")["DACT, rule (4) less DeeBERT"]
     low, high = np.percentile(over_examples[:, 0], [2.5, 97.5])
