@@ -249,7 +249,7 @@ def off_ramp(size, num_classes):
 class Ramps(nn.Module):
     """An off-ramp after each of N blocks but the last, after which a copy of `classifier` answers.
 
-    All ramps start alike, as the authors' do, from the pooler. So one unit for all blocks finds alike what it reads.
+    All ramps start alike, so one unit for all blocks finds alike what it reads (the authors' start from one pooler).
     """
 
     def __init__(self, N, classifier):

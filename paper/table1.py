@@ -36,6 +36,7 @@ GAP = 17  # percent of the blocks: between two points of a curve that lie farthe
 # {row of what is as trained: its name in metrics.json}
 AS_TRAINED = {"majority class": "majority", "base": "full", "DACT, rule (4)": "dact", "DACT, exact rule": "exact_rule"}
 DACT, ONE_BLOCK = "DACT, rule (4)", "DACT, one block for all"
+BASES = ("base, all blocks", "stage 1 twice, all blocks")
 
 
 def main(argv):
@@ -272,7 +273,9 @@ def measured(run, chosen):
             rows[f"{name}, {knob} = {x:.2f}"] = [first_metric(run, labels), saved_by(exit_block, run.N)]
         if name == DACT:
             curves[ONE_BLOCK] = curve(run, one_block(run, outcome.logits))
-    rows["base, stage 1 twice"] = [first_metric(run, logits_of(run, run.twice.stage1).argmax(1)), 0.0]
+    for name, model in zip(BASES, (run.stage1, run.twice.stage1)):
+        labels = logits_of(run, model).argmax(1)  # no knob: one point, which `around` finds for every depth
+        curves[name] = [[100.0, first_metric(run, labels), 0.0, labels.tolist()]]
     return {"labels": run.dev.labels.tolist(), "rows": rows, "curves": curves}
 
 
@@ -302,7 +305,7 @@ def markdown(run, chosen, results):
     for what, (of_seeds, of_draws) in differences(results, task).items():
         lines.append(f"| {what} | {' | '.join(map(in_words, of_seeds.T, of_draws.T))} |")
     lines += heading("what is won by who leaves where, over the same exits by chance")
-    for name in [name for name in results[0]["curves"] if name != ONE_BLOCK]:
+    for name in [name for name in results[0]["curves"] if name not in (ONE_BLOCK, *BASES)]:
         cells = map(mean_and_deviation, zip(*(read_off(result["curves"][name], column=2) for result in results)))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -332,7 +335,8 @@ def differences(results, task, draws=1000):
                for name, of_seeds in curves.items()}  # fmt: skip
     pairs = [(DACT, name) for name in curves if name != DACT]
     pairs += [(name, entropy_of(name)) for name in curves if name in JOINT and name != DACT]
-    pairs += [(entropy_of(DACT), name) for name in curves if name in ("DeeBERT", "FastBERT")]  # other heads
+    by_entropy = {"DeeBERT", "FastBERT", *map(entropy_of, baselines.JOINT)}
+    pairs += [(entropy_of(DACT), name) for name in curves if name in by_entropy]  # the same exit, other heads
     return {f"{a} less {b}": (by_seed[a] - by_seed[b], by_draw[a] - by_draw[b]) for a, b in pairs}
 
 

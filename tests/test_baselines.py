@@ -556,7 +556,8 @@ def test_the_tables_over_seeds():
 
     results = [
         {"labels": right, "rows": {"base": [60 + seed, 0.0], "DACT, rule (4)": [60, 10.0 * seed]},
-         "curves": {"DeeBERT": curve(0, half), "DACT, rule (4)": curve(2 + seed, right, 60), "DACT by entropy": curve(4, right)}}
+         "curves": {"DeeBERT": curve(0, half), "DACT, rule (4)": curve(2 + seed, right, 60), "DACT by entropy": curve(4, right),
+                    "base, all blocks": [[100.0, 50.0, 0.0, half]]}}
         for seed in (0, 1, 2)
     ]  # fmt: skip
     run = SimpleNamespace(args=train.parse_arguments(["--task", "rte"]), metrics={"model": "folder/m"})
@@ -566,7 +567,7 @@ def test_the_tables_over_seeds():
     assert "| DACT, rule (4) | 60.5 ± 1.0 | 59.7 ± 1.0 | 58.0 ± 1.0 | – |" in text
     assert "| DACT, rule (4) less DeeBERT | +3.0 (+0.5 to +5.5; +" in text and "), ahead | – |" in text
     assert "| DACT, rule (4) less DACT by entropy | -1.0 (-3.5 to +1.5; +0.0 to +0.0), level |" in text
-    assert "| DACT by entropy less DeeBERT |" in text
+    assert "| DACT by entropy less DeeBERT |" in text and "| base, all blocks | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert "| DACT, rule (4) | 4.0 ± 1.0 | 4.0 ± 1.0 | 4.0 ± 1.0 | – |" in text  # over chance
     _, over_examples = table1.differences(results, "rte")["DACT, rule (4) less DeeBERT"]
     low, high = np.percentile(over_examples[:, 0], [2.5, 97.5])
