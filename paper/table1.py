@@ -335,8 +335,8 @@ def differences(results, task, draws=1000):
                for name, of_seeds in curves.items()}  # fmt: skip
     pairs = [(DACT, name) for name in curves if name != DACT]
     pairs += [(name, entropy_of(name)) for name in curves if name in JOINT and name != DACT]
-    by_entropy = {"DeeBERT", "FastBERT", *map(entropy_of, baselines.JOINT)}
-    pairs += [(entropy_of(DACT), name) for name in curves if name in by_entropy]  # the same exit, other heads
+    others = [entropy_of(name) if name in JOINT else name for name in SYSTEMS if name != DACT]
+    pairs += [(entropy_of(DACT), name) for name in others if name in curves]  # the same exit, entropy; other heads
     return {f"{a} less {b}": (by_seed[a] - by_seed[b], by_draw[a] - by_draw[b]) for a, b in pairs}
 
 

@@ -180,7 +180,7 @@ def test_heads_over_cached_vectors_are_the_model(run):
 
 
 def test_every_system_reads_on_one_scale_and_trains_without_dropout(run, monkeypatch):
-    """As DACT does: the frozen ramps on the scale of the training set, PABEE's as they train.
+    """As DACT does: the frozen ramps on the scale of the training set, the joint ones' as they train.
 
     Vectors are computed once, however many systems learn on them, and only if asked for.
     """
@@ -190,10 +190,8 @@ def test_every_system_reads_on_one_scale_and_trains_without_dropout(run, monkeyp
     for module in run.stage1.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # which the toy does not have
-        joint, batches = (
-            [system(run) for system in (pabee, berxit, palbert)],
-            -(-len(run.train_set) // 16),
-        )  # an epoch each
+    joint = [system(run) for system in (pabee, berxit, palbert)]
+    batches = -(-len(run.train_set) // 16)  # an epoch each
     assert all(head.scale.steps == batches for head in run.dact.heads)
     assert all(ramp[0].steps == batches for exits in joint for ramp in exits.heads.ramps[:-1])
     for model in (*(exits.backbone for exits in joint), baselines.longer(run).bert):
