@@ -1,10 +1,10 @@
 """DACT-BERT, equations (1) to (4): a network of blocks that learns when to stop.
 
 After block n a small head reads the block's [CLS] vector and says two things: its answer y_n, a distribution over the
-classes, and h_n: the next block enters with h_n times the weight of this one; near 1 goes on, near 0 stops. The answers
-are folded into one running answer a_n (1), each with the weight that the blocks before it allow (2). Training lets all N
-blocks speak and asks for a right a_N at a low price (3). Inference stops after the first block for which (4) says that
-no later block can change the winner.
+classes, and h_n: the next block enters with h_n times the weight with which this one entered; near 1 goes on, near 0
+stops. The answers are folded into one running answer a_n (1), each with the weight that the blocks before it allow (2).
+Training lets all N blocks speak and asks for a right a_N at a low price (3). Inference stops after the first block for
+which (4) says that no later block can change the winner.
 
 This file imports torch alone and never BERT. Any backbone will do that has a `hidden_size`, an embedding step `embed`,
 which takes all inputs but the last, and a list `blocks` of modules called as `block(hidden, mask)`. The last input is
@@ -86,7 +86,7 @@ def paper_rule(a, p, d):
     paper        here       shape      meaning
     Pr(c*, n)    top        (B,)       probability of the winner in a_n
     Pr(c_ru, n)  runner_up  (B,)       probability of the second in a_n
-    p_n, d       p, d       (B,), int  the most that a later block can take; how many blocks are later, N - n
+    p_n, d       p, d       (B,), int  the most weight that a later block has; how many blocks are later, N - n
 
     Why it is safe. Each of the d later blocks replaces at most a share p_n of the answer (p never rises). At worst all
     of it is taken from the winner, each time: what stays is at least Pr(c*) (1 - p_n)^d, a power. At best for the
@@ -100,7 +100,7 @@ def paper_rule(a, p, d):
 def exact_rule(a, p, d):
     """The exact form of (4), ours: both sides (left, right), each (B,); halt after block n iff left >= right.
 
-    Claim: it is the weakest safe condition that knows only a_n, p_n and d.
+    Claim: it is the earliest safe stop for whoever knows only a_n, p_n and d.
     Let l_n >= 0 be the winner's lead over another class in a_n. By (1), one more block with answers y gives
         l_{n+1} = l_n (1 - p_n) + p_n (y[winner] - y[other]) >= l_n (1 - p_n) - p_n,
     that is 1 + l_{n+1} >= (1 + l_n) (1 - p_n). As p never rises, d blocks later 1 + l_N >= (1 + l_n) (1 - p_n)^d.
@@ -151,8 +151,8 @@ class DactModule(nn.Module):
 
     def __init__(self, size, num_classes):
         super().__init__()
-        # DIFFERS: in the early blocks of a pretrained BERT [CLS] hardly differs between inputs, by 0.0006 in block 2 of
-        # a 12-block model and by 0.17 in block 11. A layer that reads it as it is learns a constant there.
+        # DIFFERS: in the early blocks of a pretrained BERT [CLS] hardly differs between inputs: its deviation is 0.0006 in
+        # block 2 of a 12-block model, and 0.17 in block 11. A layer that reads it as it is learns a constant there.
         self.scale = Scale(size)
         self.shared = nn.Linear(size, size)  # CHOICE: the figure gives no width
         self.answer = nn.Linear(size, num_classes)
@@ -161,8 +161,8 @@ class DactModule(nn.Module):
 
     def reset_halting(self):
         """Untrained halting: h_n = sigmoid(2) = 0.88 for every input."""
-        # CHOICE: flat and open. By (4), twelve such blocks stop at most one block early, so what is saved beyond that
-        # has been learned. At h = 0.5, blocks 1-3 would hold 77 % of a_N and know nothing of the task yet.
+        # CHOICE: flat and open. By (4), twelve such blocks stop at most one block early (24 at most five), so what is
+        # saved beyond that has been learned. At h = 0.5, blocks 1-3 would hold 77 % of a_N and know nothing of the task yet.
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, 2.0)
 
@@ -196,7 +196,7 @@ class Halted(NamedTuple):
 
 
 class DactBert(nn.Module):
-    """A backbone (see the top of this file; used, not copied) with a DACT module after every block: figure 1."""
+    """A backbone (see the top of this file; shared, not copied) with a DACT module after every block: figure 1."""
 
     def __init__(self, backbone, num_classes):
         super().__init__()
@@ -211,10 +211,10 @@ class DactBert(nn.Module):
     def early_exit(self, *inputs, rule=paper_rule):
         """Inference: every sequence leaves the batch at the first block where `rule` holds (section 3.2): `Halted`.
 
-        inputs: as for `forward`. rule: (a, p, d) -> (left, right), as `paper_rule`.
+        inputs: as for `forward`; the model in evaluation mode. rule: (a, p, d) -> (left, right), as `paper_rule`.
         """
         hidden, mask = self.backbone.embed(*inputs[:-1]), inputs[-1]
-        lengths = mask.sum(1).cpu()  # kept on the CPU: trimming then needs no second synchronisation
+        lengths = mask.sum(1).cpu()  # kept there: trimming then waits for no GPU
         alive = torch.arange(len(mask), device=mask.device)  # row of the batch that each survivor came from
         exit_block, a, p = torch.zeros_like(alive), None, None
         for n, (block, head) in enumerate(zip(self.backbone.blocks, self.heads), start=1):

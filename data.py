@@ -28,7 +28,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(source, advice="copy or download it again"):
-    """Around what reads a file from outside: whatever it raises becomes the one line of an `InputError`."""
+    """Around what meets the outside world: whatever it raises becomes the one line of an `InputError`, on `source`."""
     try:
         yield
     except (InputError, MemoryError, KeyboardInterrupt):
@@ -53,27 +53,25 @@ class Task:
 
     labels: tuple
     metrics: tuple  # names in METRICS; the first is the one that tables lead with
-    folder: str = ""  # GLUE's own name of it: the folder in its archive, and the file that its server takes
+    folder: str = ""  # GLUE's own name of it: the folder in its archive
     archive: str = ""
     texts: tuple = ()  # headers of the sentence, or of both sentences of a pair
     label: str = "label"
     header: tuple = ()  # of the train and dev files that come without one
-    parts: tuple = (("", ""),)  # what names end in: of its dev and test files, and of the file GLUE's server takes
-    index: str = "index"  # header of what numbers the rows of a test file
+    parts: tuple = ("",)  # what the names of its dev files end in
 
 
 BINARY, ENTAILMENT, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
 THREE_WAY = ("entailment", "neutral", "contradiction")
-ACCURACY, F1 = ("accuracy",), ("F1", "accuracy")
+ACCURACY, F1_AND_ACCURACY = ("accuracy",), ("F1", "accuracy")
 COLA = ("source", "label", "mark", "sentence")
-MNLI = (("_matched", "-m"), ("_mismatched", "-mm"))
 TASKS = {
     "toy": Task(("negative", "positive"), ACCURACY, texts=("sentence",)),
     "cola": Task(BINARY, ("Matthews",), "CoLA", "CoLA.zip", ("sentence",), header=COLA),
     "sst-2": Task(BINARY, ACCURACY, "SST-2", "SST-2.zip", ("sentence",)),
-    "mrpc": Task(BINARY, F1, "MRPC", "", ("#1 String", "#2 String"), "Quality"),
-    "qqp": Task(BINARY, F1, "QQP", "QQP-clean.zip", ("question1", "question2"), "is_duplicate", index="id"),
-    "mnli": Task(THREE_WAY, ACCURACY, "MNLI", "MNLI.zip", PAIR, "gold_label", parts=MNLI),
+    "mrpc": Task(BINARY, F1_AND_ACCURACY, "MRPC", "", ("#1 String", "#2 String"), "Quality"),
+    "qqp": Task(BINARY, F1_AND_ACCURACY, "QQP", "QQP-clean.zip", ("question1", "question2"), "is_duplicate"),
+    "mnli": Task(THREE_WAY, ACCURACY, "MNLI", "MNLI.zip", PAIR, "gold_label", parts=("_matched", "_mismatched")),
     "qnli": Task(ENTAILMENT, ACCURACY, "QNLI", "QNLIv2.zip", ("question", "sentence")),
     "rte": Task(ENTAILMENT, ACCURACY, "RTE", "RTE.zip", PAIR),
     "wnli": Task(BINARY, ACCURACY, "WNLI", "WNLI.zip", PAIR),
@@ -87,7 +85,6 @@ class Examples:
     texts: list = field(default_factory=list)  # str, or (str, str) for a pair
     labels: list = field(default_factory=list)  # int, the class
     groups: list = field(default_factory=list)  # str: the toy task's level, MNLI's matched or mismatched
-    index: list = field(default_factory=list)  # str: of a test set, the number that the row has in its file
 
     def add(self, task, rows, path, group=""):
         """Append rows of `path`: [sentence, label word], or [first sentence, second sentence, label word]."""
@@ -119,7 +116,7 @@ def load_task(name, folder=None):
     folder = task_folder(task, folder)
     if name == "mrpc" and not (folder / "train.tsv").is_file():
         return load_mrpc(task, folder)
-    for split, part in ((train, "train"), *((dev, f"dev{part}") for part, _ in task.parts)):
+    for split, part in ((train, "train"), *((dev, f"dev{part}") for part in task.parts)):
         path, columns = folder / f"{part}.tsv", (*task.texts, task.label)
         split.add(task, parse_tsv(path, columns, task.header), path, group=part.partition("_")[2])
     return train, dev
@@ -134,26 +131,6 @@ def load_mrpc(task, folder):
     if len(splits[1].texts) != len(dev_ids):
         raise InputError(f"{folder}: mrpc_dev_ids.tsv does not belong to msr_paraphrase_train.txt; delete both")
     return splits
-
-
-def load_test(name, folder=None):
-    """The test split, whose labels GLUE keeps to itself (they are all 0 here), grouped by the file its server takes."""
-    if name == "toy":
-        raise InputError("the toy task has no test set; choose a task of GLUE")
-    task, test = find_task(name), Examples()
-    folder = task_folder(task, folder)
-    files = [(folder / f"test{part}.tsv", task.folder + suffix) for part, suffix in task.parts]
-    if name == "mnli":  # a model of MNLI answers GLUE's diagnostic set, too
-        files.append((download(GLUE + "AX.tsv", folder.parent / "AX.tsv"), "AX"))
-    for path, group in files:
-        if name == "mrpc" and not path.is_file():  # Microsoft's own file, whose rows GLUE counts from 0
-            path = mrpc_file(folder, "msr_paraphrase_test.txt")
-            rows = [[str(i), *row] for i, row in enumerate(parse_tsv(path, task.texts, most_bad=0))]
-        else:
-            rows = parse_tsv(path, (task.index, *task.texts), most_bad=0)
-        test.index += [row[0] for row in rows]
-        test.add(task, [[*row[1:], task.labels[0]] for row in rows], path, group)
-    return test
 
 
 # ---- Files and downloads --------------------------------------------------------------------------------------------
@@ -222,23 +199,18 @@ def download(url, path, sha256=None, inside=None):
 
 
 def fetch(url, part, attempts=3):
-    """Append to the file `part` what it lacks of `url`; start it afresh where the server cannot go on in the middle."""
-    have = part.stat().st_size if part.is_file() else 0
-    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # compressed, it would have other offsets
+    """Download `url` into the file `part`, from the start in each of its attempts."""
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        with requests.get(url, stream=True, timeout=(10, 60)) as response:
             response.raise_for_status()
             if "text/html" in response.headers.get("Content-Type", ""):  # so answers a network that asks for a login
                 raise requests.ConnectionError("a web page came in its place")
-            have = have if response.status_code == 206 else 0
-            total = have + int(response.headers.get("Content-Length", 0))
-            with open(part, "ab" if have else "wb") as file:
-                for chunk in response.iter_content(1 << 20):
+            have, total = 0, int(response.headers.get("Content-Length", 0))
+            with open(part, "wb") as file:
+                for chunk in response.iter_content(1 << 20):  # raises if the connection ends before the file does
                     have += file.write(chunk)
                     if sys.stderr.isatty():
                         print(f"{have >> 20} of {total >> 20} MiB", end="\r", file=sys.stderr, flush=True)
-            if have < total:
-                raise requests.ConnectionError(f"{have} of {total} bytes came")
     except requests.RequestException:
         if attempts == 1:
             raise

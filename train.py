@@ -7,7 +7,7 @@
 
 Stage 1 fine-tunes the backbone and one classifier. Stage 2 starts from it and trains backbone and DACT heads together.
 
-Shapes: B sequences, C classes, N blocks, D hidden size; n examples of a dataset.
+Shapes: B sequences, C classes, N blocks; n examples of a dataset.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def run(args, splits=None):
     if args.stage1 is None:
         seconds["stage1"] = fit("stage 1", stage1.train(), stage1_loss, train_set, args, log)
     save_model(args.out / "stage1.pt", start._replace(model=stage1))
-    print(f"stage 1 is done; if what follows is interrupted, go on with --stage1 {args.out}/stage1.pt")
+    print(f"stage 1 is done; if what follows is interrupted, add to the same command --stage1 {args.out}/stage1.pt")
 
     torch.manual_seed(args.seed)  # stage 2 is the same whether stage 1 ran before it or was read from a file
     adaptive = dact.DactBert(copy.deepcopy(stage1.bert), len(data.TASKS[args.task].labels)).to(args.device)
@@ -94,6 +94,7 @@ def run(args, splits=None):
     first = rank() == 0
     leave_processes()
     if first:
+        print(f"evaluation on {len(dev_set)} dev examples", flush=True)
         results = evaluate(stage1.to(args.device).eval(), adaptive.eval(), train_set, dev_set, args)
         report(results, args)
         results["seconds"] |= seconds  # of the dev set, and of training
@@ -101,7 +102,10 @@ def run(args, splits=None):
 
 
 def prepare(args, splits):
-    """What a run starts from (a `Saved`), its two `data.Dataset`s, and what decides its numbers; and says so."""
+    """What a run starts from (a `Saved`), its two `data.Dataset`s, and the settings that metrics.json keeps.
+
+    Sets args.device and args.precision, and prints the header.
+    """
     if rank() > 0:
         dist.barrier()  # until the first process has downloaded everything
     splits = splits or data.load_task(args.task, args.data)
@@ -124,7 +128,10 @@ def starting_model(args):
     torch.manual_seed(args.seed)
     num_classes, name = len(data.find_task(args.task).labels), args.model or "bert-base-uncased"
     if args.stage1 is not None:
-        return load_run(args.stage1, 1, args.task)._replace(max_tokens=args.max_tokens)
+        start = load_run(args.stage1, 1, args.task)
+        if args.model not in (None, start.name):
+            raise InputError(f"{args.stage1} is of {start.name}, not of {args.model}; name another --stage1 or --model")
+        return start._replace(max_tokens=args.max_tokens)
     if args.task == "toy" and args.model is None:
         name, tokenizer = SCRATCH, bert.wordpiece_tokenizer(TOY_VOCAB)
         model = bert.BertClassifier(bert.Bert(TOY_CONFIG), bert.Classifier(TOY_CONFIG, num_classes))
@@ -143,7 +150,7 @@ def stage1_loss(model, inputs, labels):
 
 
 def stage2_loss(model, inputs, labels, tau, head_loss=0.0):
-    """-> (loss, price of computation, mean h), scalars. head_loss: weight of what (3) does not have."""
+    """-> (loss, price of computation, mean h), scalars. head_loss: weight of every head's own loss."""
     y, h = model(*inputs)
     a, _ = dact.accumulate_all(y, h)
     answer, price = dact.dact_loss(a[-1], h, labels, tau)
@@ -173,7 +180,7 @@ def fit(stage, model, loss_of, dataset, args, log):
     per_epoch = -(-len(dataset) // args.batch)
     step, steps = 0, max(1, round(args.epochs * per_epoch))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-    # Under torchrun gradients are shared, and a step's statistics (`dact.Scale`) are those of the first process's rows.
+    # Under torchrun gradients are shared; of the statistics (`dact.Scale`) those of the first process are carried on.
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
     rows, began = [], time.perf_counter()
     while step < steps:
@@ -196,10 +203,10 @@ def fit(stage, model, loss_of, dataset, args, log):
     return time.perf_counter() - began
 
 
-def show(stage, step, steps, rows, examples, seconds, log):
+def show(stage, step, steps, rows, per_step, seconds, log):
     """How training goes, on the screen and in the log: means of `rows`, (loss, norm) or (loss, price, mean h, norm).
 
-    examples: in a step. Raises InputError once the norm of a gradient is not finite, as it is where the loss is not.
+    per_step: examples. Raises InputError once the norm of a gradient is not finite, as it is where the loss is not.
     """
     loss, *halting, norm = torch.stack(rows).mean(0).tolist()
     if not math.isfinite(norm):
@@ -207,7 +214,7 @@ def show(stage, step, steps, rows, examples, seconds, log):
     numbers = {"loss": loss} | dict(zip(("price", "mean_h"), halting))
     print(json.dumps({"stage": stage, "step": step, **numbers, "seconds": seconds}), file=log, flush=True)
     line = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
-    line += f"{step * examples / seconds:>8.0f} examples/s{(steps - step) * seconds / step / 60:>7.1f} min left"
+    line += f"{step * per_step / seconds:>8.0f} examples/s{(steps - step) * seconds / step / 60:>7.1f} min left"
     overwritten = sys.stdout.isatty() and step < steps
     print(f"{stage} {step:>6}/{steps}{line}", end="\r" if overwritten else "\n", flush=True)
 
@@ -306,7 +313,7 @@ def by_chance(answers, exit_block, labels, task, deals=200):
 
 
 def by_group(full, early, exit_block, dev, task):
-    """The same for each group of the dev set, if it has any: the toy's levels, MNLI's two dev files."""
+    """Scores and mean exit block in each group of the dev set, if it has any: the toy's levels, MNLI's two dev files."""
     groups = {}
     for name in dict.fromkeys(dev.groups):
         rows = torch.tensor([group == name for group in dev.groups])
@@ -327,9 +334,9 @@ def report(results, args):
         if "saved" in results[name]:
             line += f"{results[name]['saved']:>14.1f}%"
         print(line + (f"{took:>10.2f}{seconds['dev_full'] / took:>10.2f}x" if took else ""))
-    same, left = results["same_as_all_blocks"], results["dact"]["exit_histogram"]
+    same, histogram = results["same_as_all_blocks"], results["dact"]["exit_histogram"]
     print(f"\nearly exit gives DACT's answer after all blocks on {same} of {results['examples']} dev examples")
-    print(f"by {rule} so many leave after block 1 to {len(left)}: " + " ".join(map(str, left)))
+    print(f"by {rule} so many leave after block 1 to {len(histogram)}: " + " ".join(map(str, histogram)))
     for name, group in results["groups"].items():
         full, early = group["full"][metrics[0]], group["dact"][metrics[0]]
         print(f"{name:<12}stage 1 {full:5.1f}%   DACT {early:5.1f}%   mean blocks {group['mean_blocks']:.2f}")
@@ -367,11 +374,7 @@ def decimals(tensor):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    return command(program, argv)
-
-
-def program(argv):
+def main(argv):
     args = parse_arguments(argv)
     run(args) if args.explain is None else explain(args)
 
@@ -400,7 +403,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv=None):
-    parser = Parser(description="Fine-tune DACT-BERT in the two stages of the paper. A finished run answers questions.")
+    parser = Parser(description="Fine-tune DACT-BERT in the two stages of the paper.")
     add = parser.add_argument_group("the run").add_argument
     add("--task", default="toy", help=f"one of {', '.join(data.TASKS)} (default: toy)")
     add("--model", help="bert-base-uncased (default), bert-small, roberta-base, ..., or a folder; the toy has its own")
@@ -416,8 +419,6 @@ def parse_arguments(argv=None):
         add, shown = (paper if name == "tau" else ours).add_argument, f"{text} (default: {default:g}; toy: {toy:g})"
         add(f"--{name.replace('_', '-')}", type=type(default), metavar="NUMBER", help=shown)
     args = parser.parse_args(argv)
-    if args.stage1 and args.model:
-        raise InputError("--stage1 brings its own model; leave --model out")
     args.task = args.task.lower()  # GLUE itself writes CoLA, SST-2
     for name, (*defaults, low, high, _) in SETTINGS.items():
         if getattr(args, name) is None:
@@ -457,7 +458,8 @@ def join_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from here on
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # The toy stays on the CPU, and so do barriers: in nccl they wait ten minutes at most, which a download can take.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
     print(f"started    {num_processes()} processes")
@@ -570,4 +572,4 @@ def load_run(path, stage=2, task=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

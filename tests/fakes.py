@@ -230,7 +230,8 @@ def small_toy_task(divisor):
 
 def short_toy_run(folder, batch, *flags):
     """Train one epoch of the toy task into a folder: the folder."""
-    assert train.main(["--epochs", "1", "--lr", "1e-3", "--batch", str(batch), "--out", str(folder), *flags]) == 0
+    argv = ["--epochs", "1", "--lr", "1e-3", "--batch", str(batch), "--out", str(folder), *flags]
+    assert train.command(train.main, argv) == 0
     return folder
 
 

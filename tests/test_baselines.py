@@ -377,7 +377,7 @@ def test_submit_writes_the_index_of_each_row(run, tmp_path):
 
     def submitted(rows):
         file.write_text("\n".join(["index\tsentence1\tsentence2", *rows]))
-        submit.submit(run.saved, run.args, data.load_test("rte", tmp_path), tmp_path / "answers")
+        submit.submit(run.saved, run.args, submit.load_test("rte", tmp_path), tmp_path / "answers")
         header, *lines = (tmp_path / "answers/RTE.tsv").read_text().splitlines()
         assert header == "index\tprediction"
         return dict(line.split("\t") for line in lines)

@@ -195,7 +195,7 @@ def test_the_scripts_leave_their_files(toy_run, tmp_path, capsys):
     counts = [int(rows[name][2].replace(",", "")) for name in ("unpruned", "pruned")]
     assert counts[0] - counts[1] == 3 * (33472 + 4355)
     (folder / "pruned.pt").replace(folder / "dact.pt")  # which train.py reads, too
-    assert train.main(["--out", str(folder), "--explain", "the tea was not lovely"]) == 0
+    assert train.command(train.main, ["--out", str(folder), "--explain", "the tea was not lovely"]) == 0
     assert "of 3: " in capsys.readouterr().out
 
 
@@ -271,6 +271,6 @@ def test_without_a_folder_it_is_the_repositorys_own_run(tmp_path, monkeypatch, c
 def test_a_model_of_one_block_is_refused(tmp_path, capsys):
     config = CONFIG | {"num_hidden_layers": 1}
     model = write_google(tmp_path / "model", google_arrays(config), config)
-    assert train.main(["--model", str(model), "--epochs", "0.1", "--out", str(tmp_path / "run")]) == 0
+    assert train.command(train.main, ["--model", str(model), "--epochs", "0.1", "--out", str(tmp_path / "run")]) == 0
     assert train.command(figure2.main, [str(tmp_path / "run")]) == 2
     assert "a model of one block" in capsys.readouterr().err

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("few_sentences")  # in this process; what i
 
 def fails(capsys, *argv):
     """Run train.py on something bad: exit status 2 and one line, which is returned."""
-    assert train.main([str(word) for word in argv]) == 2
+    assert train.command(train.main, [str(word) for word in argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
@@ -146,7 +146,7 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch, capsys):
         return seconds
 
     monkeypatch.setattr(train, "fit", spy)
-    assert train.main([*tiny_rte(tmp_path), "--out", str(tmp_path / "run"), "--batch", "4"]) == 0
+    assert train.command(train.main, [*tiny_rte(tmp_path), "--out", str(tmp_path / "run"), "--batch", "4"]) == 0
     moved, names, rates = seen["stage 1"]
     assert moved == names and rates == {0.1}
     moved, names, rates = seen["stage 2"]
@@ -155,7 +155,7 @@ def test_what_learns_in_which_stage(tmp_path, monkeypatch, capsys):
     assert all(head.scale.steps == 10 for head in adaptive.heads)
     out = capsys.readouterr().out
     assert "majority class" in out and "40 training and 40 dev examples" in out
-    assert train.main(["--out", str(tmp_path / "run"), "--explain", "a b c", "a b c"]) == 0
+    assert train.command(train.main, ["--out", str(tmp_path / "run"), "--explain", "a b c", "a b c"]) == 0
     assert "[CLS] a b c [SEP] a b c [SEP]" in capsys.readouterr().out
 
 
@@ -216,12 +216,12 @@ def test_an_interruption_keeps_stage_1_and_says_how_to_go_on(tmp_path, capsys, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dact, "dact_loss", interrupt)
-    assert train.main(["--epochs", "0.05", "--out", str(tmp_path)]) == 130
+    assert train.command(train.main, ["--epochs", "0.05", "--out", str(tmp_path)]) == 130
     out, error = capsys.readouterr()
     assert (tmp_path / "stage1.pt").exists() and not (tmp_path / "dact.pt").exists()
     assert f"--stage1 {tmp_path}/stage1.pt" in out and error.startswith("interrupted") and error.count("\n") == 1
     monkeypatch.setattr(train, "stage1_loss", interrupt)
-    assert train.main(["--out", str(tmp_path / "new")]) == 130
+    assert train.command(train.main, ["--out", str(tmp_path / "new")]) == 130
     assert "--stage1" not in "".join(capsys.readouterr())  # nothing is finished
 
 
@@ -240,7 +240,7 @@ def test_a_folder_that_holds_a_run(toy_run, tmp_path, capsys, monkeypatch):
     for name, content in before.items():  # a new run begins without an old one's results
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(train, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert train.main([*out, "--overwrite"]) == 130
+    assert train.command(train.main, [*out, "--overwrite"]) == 130
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["log.jsonl"]
 
 
@@ -269,7 +269,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize("rule, title", train.RULE_NAMES.items())
 def test_explain_shows_the_equations(toy_run, capsys, rule, title):
     sentence = "the tea was not lovely but the staff was kind"
-    assert train.main(["--out", str(toy_run), "--rule", rule, "--explain", sentence]) == 0
+    assert train.command(train.main, ["--out", str(toy_run), "--rule", rule, "--explain", sentence]) == 0
     out = capsys.readouterr().out
     assert sentence in out and "negative, positive" in out
     rows = [line.split() for line in out.splitlines() if line[:3].strip().isdigit()]
@@ -332,15 +332,21 @@ def test_roberta_through_both_stages(tmp_path, capsys, name):
     model, _ = write_roberta(tmp_path / "model")
     write_glue(tmp_path / "glue", name)
     argv = ["--task", name.lower(), "--data", str(tmp_path / "glue"), "--out", str(tmp_path / "out")]
-    assert train.main([*argv, "--model", str(model), "--epochs", "1", "--batch", "16"]) == 0
+    assert train.command(train.main, [*argv, "--model", str(model), "--epochs", "1", "--batch", "16"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert -100 <= metrics["dact"][{"CoLA": "Matthews"}.get(name, "accuracy")] <= 100
     assert metrics["same_as_all_blocks"] == metrics["examples"] == {"CoLA": 40}.get(name, 80)
+    out = capsys.readouterr().out
     if name == "MNLI":
         assert metrics["groups"].keys() == {"matched", "mismatched"}
+        stage1, new = str(tmp_path / "out" / "stage1.pt"), str(tmp_path / "new")
+        again = [*argv, "--model", str(model), "--epochs", "1", "--batch", "16", "--stage1", stage1, "--out", new]
+        assert train.command(train.main, again) == 0  # the same command with --stage1
+        assert equal(state_of(tmp_path / "out" / "dact.pt"), state_of(tmp_path / "new" / "dact.pt"))
+        assert "is of " + str(model) in fails(capsys, *argv, "--overwrite", "--stage1", stage1, "--model", "bert-tiny")
         halves = [group["dact"]["accuracy"] for group in metrics["groups"].values()]
         assert metrics["dact"]["accuracy"] == pytest.approx(sum(halves) / 2)
-        assert "matched" in capsys.readouterr().out
+        assert "matched" in out
 
 
 @needs_assets
@@ -348,7 +354,7 @@ def test_small_roberta_on_the_real_rte(tmp_path, capsys):
     vocab = tuple((ASSETS / "roberta-tokenizer" / name).read_text("utf-8") for name in ("vocab.json", "merges.txt"))
     model, _ = write_roberta(tmp_path / "model", vocab=vocab)
     argv = ["--task", "rte", "--data", str(ASSETS / "glue"), "--out", str(tmp_path / "out"), "--max-tokens", "64"]
-    assert train.main([*argv, "--model", str(model), "--epochs", "0.2"]) == 0
+    assert train.command(train.main, [*argv, "--model", str(model), "--epochs", "0.2"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["examples"] == metrics["same_as_all_blocks"] == 277
     assert "of 277 inputs are longer than 64 tokens, and cut" in capsys.readouterr().out
@@ -402,7 +408,7 @@ import sys, data, dact, train
 make = data.toy_examples
 dact.Scale.forward = lambda self, cls: cls  # else each process follows the mean of its own rows
 data.toy_examples = lambda count, seed: make(13 if count > 1000 else 20, seed)
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.command(train.main, sys.argv[1:]))
 """
 
 
@@ -434,7 +440,6 @@ def test_unknown_task_model_and_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     fails(capsys, "--epochs", "0.01", "--out", tmp_path / "file" / "run")
     assert "no folder; name the one that holds GLUE's files" in fails(capsys, *flags, "--data", tmp_path / "file")
-    assert "leave --model out" in fails(capsys, *flags, "--stage1", tmp_path / "stage1.pt", "--out", tmp_path / "new")
     assert "stage1.pt: no such file" in fails(capsys, "--stage1", tmp_path / "stage1.pt", "--out", tmp_path / "new")
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
     monkeypatch.setattr(bert, "load_pretrained", lambda *_: pytest.fail("it is read before the data"))
