@@ -162,7 +162,7 @@ def task_folder(task, folder):
     folder = Path(folder or cache_dir() / "glue").expanduser()
     if folder.is_file():
         raise InputError(f"{folder} is no folder; name the one that holds GLUE's files (unpack a zip first)")
-    if (folder / "train.tsv").is_file():
+    if any((folder / name).is_file() for name in ("train.tsv", "msr_paraphrase_train.txt")):
         return folder
     if task.archive:
         download(GLUE + task.archive, folder / task.folder, SHA256[task.archive], inside="train.tsv")

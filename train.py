@@ -251,14 +251,14 @@ def evaluate(stage1, adaptive, train_set, dev, args):
         "untrained": partial(untrained.early_exit, rule=rule),
         "all_blocks": lambda *inputs: [x.transpose(0, 1) for x in adaptive(*inputs)],
     }
-    given, seconds = predict(variants, dev, args)
+    outputs, seconds = predict(variants, dev, args)
     majority = torch.full_like(dev.labels, train_set.labels.mode().values.item())
-    (full,), (early, _, exits) = given["full"], given["dact"]
+    (full,), (early, _, exits) = outputs["full"], outputs["dact"]
     results = {"majority": scores(majority, dev.labels, task), "full": scores(full, dev.labels, task) | {"saved": 0.0}}
     for name in ("dact", "exact_rule", "untrained"):
-        label, _, exit_block = given[name]
+        label, _, exit_block = outputs[name]
         results[name] = scores(label, dev.labels, task) | blocks_used(exit_block, N)
-    y, h = (x.transpose(0, 1) for x in given["all_blocks"])  # (N, n, C), (N, n)
+    y, h = (x.transpose(0, 1) for x in outputs["all_blocks"])  # (N, n, C), (N, n)
     results["by_chance"] = by_chance(y.argmax(-1), exits, dev.labels, task)
     a, _ = dact.accumulate_all(y, h)
     results["same_as_all_blocks"] = (early == a[-1].argmax(-1)).sum().item()
@@ -275,19 +275,19 @@ def predict(variants, dataset, args):
     counts: survivors of an early exit make ever new shapes of batch, and a device's first meeting with a shape is slow.
     """
     batches = data.evaluation_batches(dataset.lengths, args.batch)
-    found, seconds = {name: [] for name in variants}, dict.fromkeys(variants, 0.0)
+    outputs, seconds = {name: [] for name in variants}, dict.fromkeys(variants, 0.0)
     with autocast(args):  # around all: the weights are cast at their first use and kept in bfloat16 to the end
         for indices in batches:
             inputs, _ = dataset.batch(indices, args.device)
             for name, variant in variants.items():
                 for _ in range(2):
                     began = time.perf_counter()
-                    given = [x.cpu() for x in variant(*inputs)]  # waits for the device
+                    tensors = [x.cpu() for x in variant(*inputs)]  # waits for the device
                     elapsed = time.perf_counter() - began
-                found[name].append(given)
+                outputs[name].append(tensors)
                 seconds[name] += elapsed
     back = torch.from_numpy(np.concatenate(batches).argsort())
-    return {name: [torch.cat(column)[back] for column in zip(*found[name])] for name in variants}, seconds
+    return {name: [torch.cat(column)[back] for column in zip(*outputs[name])] for name in variants}, seconds
 
 
 def scores(predicted, labels, task):

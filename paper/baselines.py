@@ -274,6 +274,7 @@ class PalbertHeads(Ramps):
     """`Ramps` with a chance to stop, λ_n = σ(z_n), by one unit for all blocks; it reads ramps n and n - 1.
 
     The unit is that of the authors' code (github.com/tinkoff-ai/palbert, "linear_cat"), and so is the 0 before block 1.
+    DIFFERS: their blocks share one classifier; here each has a ramp, as in the other systems.
     """
 
     def __init__(self, N, classifier):
@@ -324,7 +325,7 @@ class Exits(nn.Module):
 
 
 def deebert_loss(logits, labels):
-    """The sum of the ramps' cross-entropies; the last classifier is stage 1's and is not trained again."""
+    """The sum of the ramps' cross-entropies; the last classifier is the frozen backbone's own."""
     return sum(F.cross_entropy(logits_n, labels) for logits_n in logits[:-1])
 
 
@@ -355,12 +356,12 @@ def berxit_loss(logits, u, labels):
     return losses[-1] + torch.randint(2, ()) * of_ramps.sum()  # CHOICE: a toss, where their code takes turns
 
 
-def palbert_loss(logits, z, labels, beta=0.5):
-    """Σ p_n L_n + β KL(geometric prior || p), a mean over the batch; p: `exit_chances`, L_n: cross-entropies."""
+def palbert_loss(logits, z, labels):
+    """Σ p_n L_n + KL(prior || p) / 2, a mean over the batch; p: `exit_chances`. (PonderNet has KL(p || prior).)"""
     p, losses = exit_chances(z), torch.stack([F.cross_entropy(each, labels, reduction="none") for each in logits])
     wanted = exit_chances(torch.full((len(z), 1), PRIOR, device=z.device))
     divergence = wanted * (wanted.log() - p.clamp(min=1e-8).log())
-    return (p * losses + beta * divergence).sum(0).mean()
+    return (p * losses + 0.5 * divergence).sum(0).mean()
 
 
 def as_stage(loss):

@@ -170,7 +170,7 @@ def dact_over_tau(run, _):
     return Outcome(y.clamp(min=1e-30).log(), lambda tau: baselines.leave_by_rule(*found[tau]), sorted(found))
 
 
-RAMPS = (1 / 3, 1, 2)
+RAMPS = (1 / 6, 1 / 3, 1, 2)
 # {system: (run, setting -> `Outcome`, trained beside the run or loaded; the settings to choose from)}
 SYSTEMS = {
     "DeeBERT": (deebert, RAMPS),

@@ -259,7 +259,7 @@ def test_mrpc_split_mark_and_quotes(server, tmp_path, monkeypatch):
         server.files["/" + name] = text.encode()
         monkeypatch.setitem(data.SHA256, name, hashlib.sha256(text.encode()).hexdigest())
         (ids.parent / name).write_bytes(text.encode())
-    for folder in (tmp_path, tmp_path / "new"):
+    for folder in (tmp_path, ids.parent, tmp_path / "new"):
         train, dev = data.load_task("mrpc", folder)
         assert train.texts == [('"Open quote', "B\x85b"), ('E"', "F ")] and train.labels == [1, 1]
         assert dev.texts == [("C", "D\u2028d")] and dev.labels == [0]
