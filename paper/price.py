@@ -67,7 +67,7 @@ def draw(metrics, metric, limit):
     left.set_ylabel("%")
     right.set_ylabel("blocks run, mean")
     for axis, place in ((left, "center left"), (right, "lower left")):
-        name = "from here on: all at block 1 is cheaper than all at block n" if axis is left else None
+        name = "right of it: all at block 1 is cheapest" if axis is left else None
         axis.axvline(limit, color="0.5", linestyle=":", label=name)
         axis.set(xscale="log", xlabel="τ, the price of a block (nats)")
         axis.legend(fontsize=8, frameon=False, loc=place)
