@@ -58,7 +58,7 @@ class Task:
     texts: tuple = ()  # headers of the sentence, or of both sentences of a pair
     label: str = "label"
     header: tuple = ()  # of the train and dev files that come without one
-    parts: tuple = ("",)  # what the names of its dev files end in
+    parts: tuple = ("",)  # what the names of its dev and test files end in
 
 
 BINARY, ENTAILMENT, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
@@ -207,10 +207,12 @@ def fetch(url, part, attempts=3):
                 raise requests.ConnectionError("a web page came in its place")
             have, total = 0, int(response.headers.get("Content-Length", 0))
             with open(part, "wb") as file:
-                for chunk in response.iter_content(1 << 20):  # raises if the connection ends before the file does
+                for chunk in response.iter_content(1 << 20):
                     have += file.write(chunk)
                     if sys.stderr.isatty():
                         print(f"{have >> 20} of {total >> 20} MiB", end="\r", file=sys.stderr, flush=True)
+            if have < total:  # urllib3 itself says so from version 2 on
+                raise requests.ConnectionError(f"{have} of {total} bytes came")
     except requests.RequestException:
         if attempts == 1:
             raise

@@ -28,6 +28,7 @@ def half_open(head):
 NO_SCALE = (dact.Scale, "forward", lambda scale, cls: cls)
 DROPOUT = (train, "without_dropout", lambda backbone: None)
 FROM_HALF = (dact.DactModule, "reset_halting", half_open)
+AS_WRITTEN = {"tau": 0.005, "head_loss": 0.0}
 # {row: (settings in the place of the run's, what stands in the place of which function)}
 CHANGES = {
     "as shipped": ({}, ()),
@@ -35,8 +36,8 @@ CHANGES = {
     "halting starts at h = 0.5": ({}, (FROM_HALF,)),
     "no loss of the heads' own": ({"head_loss": 0.0}, ()),
     "dropout in the backbone": ({}, (DROPOUT,)),
-    "the paper as it is written": ({"tau": 0.005, "head_loss": 0.0}, (NO_SCALE, DROPOUT)),  # it names no start
-    "the same, from h = 0.5": ({"tau": 0.005, "head_loss": 0.0}, (NO_SCALE, DROPOUT, FROM_HALF)),
+    "the paper as it is written": (AS_WRITTEN, (NO_SCALE, DROPOUT)),  # it names no start
+    "the same, from h = 0.5": (AS_WRITTEN, (NO_SCALE, DROPOUT, FROM_HALF)),
 }
 
 
